@@ -1,0 +1,343 @@
+"""Train the embedded default from nothing: assets/tiny-sd and its judges tiny-clip and tiny-reader.
+
+Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU or a CPU:
+
+    reader   tiny-reader, a convolutional classifier of every attribute of a scene
+    clip     tiny-clip, a CLIPModel; each image sees hard negatives (one attribute changed, colours or objects swapped)
+    vae      AutoencoderKL: 32x32 pixels to 4x8x8 latents
+    unet     the text encoder and the UNet, together, epsilon-prediction with min-SNR weights
+    pipeline writes assets/tiny-sd and measures its best guidance scale
+    report   every figure of docs/tiny-sd.md
+
+    python prepare_tiny_sd.py                                     # everything; run again to resume
+    accelerate launch --num_processes 2 prepare_tiny_sd.py --parts unet
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput  # noqa: F401
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from common import shapes
+from common.data import sample_generator
+from common.metrics import SceneReader, scenes_right
+
+PARTS = ("reader", "clip", "vae", "unet", "pipeline", "report")
+MAX_TOKENS = 20
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--output_dir", default="assets")
+    parser.add_argument("--work_dir", default="outputs/tiny_sd", help="checkpoints and sample grids")
+    parser.add_argument("--reader_steps", type=int, default=2500)
+    parser.add_argument("--clip_steps", type=int, default=4000)
+    parser.add_argument("--vae_steps", type=int, default=4000)
+    parser.add_argument("--unet_steps", type=int, default=9000)
+    parser.add_argument("--checkpointing_steps", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def build_tokenizer():
+    """A real CLIPTokenizer whose merges make one token of every word of the captions; others are spelled out."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols = list(bytes_to_unicode().values())
+    vocab = symbols + [symbol + "</w>" for symbol in symbols]
+    words = {word for scene in shapes.held_out_scenes() for word in shapes.caption_of(scene).split()}
+    merges = []
+    for word in sorted(words):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pieces[:2] = [pieces[0] + pieces[1]]
+            merges.append((pieces, word))
+    pairs, seen = [], set(vocab)
+    for word in sorted(words):
+        left = word[0]
+        for position, letter in enumerate(word[1:], 1):
+            right = letter + "</w>" if position == len(word) - 1 else letter
+            if left + right not in seen:
+                seen.add(left + right)
+                vocab.append(left + right)
+                pairs.append((left, right))
+            left += right
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(vocab)}
+    return CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer, captions):
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def rendered(seed, indices):
+    """Renders as pixels (B, 3, 32, 32) in [-1, 1] and their scenes (a list of tuples)."""
+    images, scenes = zip(*(shapes.training_sample(seed, int(index)) for index in indices))
+    return to_pixels(images), list(scenes)
+
+
+def to_pixels(images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_image(pixels, columns=8, scale=4):
+    """A contact sheet (PIL) of pixels (B, 3, H, W) in [-1, 1]."""
+    images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
+    sheet = Image.fromarray(np.concatenate(rows, axis=0))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.NEAREST)
+
+
+class ReaderObjective(nn.Module):
+    """Cross-entropy of every attribute; the second object's only where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = SceneReader()
+
+    def forward(self, seed, step, indices, device):
+        pixels, scenes = rendered(seed, indices)
+        # Generated images are never quite clean: a judge must not trip over a little noise or blur.
+        noise = torch.stack([torch.randn(3, 32, 32, generator=sample_generator(seed, 0, int(i))) for i in indices])
+        scenes = torch.tensor(scenes, device=device)
+        logits = self.model((pixels + 0.05 * noise).to(device))
+        alone = (scenes[:, 1] == 0).float()
+        losses = []
+        for position, name in enumerate(shapes.ATTRIBUTES):
+            loss = F.cross_entropy(logits[name], scenes[:, position], reduction="none")
+            losses.append(loss * (1 - alone) if position >= shapes.SECOND_OBJECT.start else loss)
+        return torch.stack(losses).sum(0).mean()
+
+
+class ClipObjective(nn.Module):
+    """Contrastive loss: each image against all captions of the batch and hard negatives of each; and back."""
+
+    NEGATIVES = 5
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                    num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                      image_size=shapes.IMAGE_SIZE, patch_size=4)  # fmt: skip
+        self.model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+        self.tokenizer = tokenizer
+
+    def forward(self, seed, step, indices, device):
+        pixels, scenes = rendered(seed, indices)
+        captions = [shapes.caption_of(scene) for scene in scenes]
+        for scene, index in zip(scenes, indices):
+            captions += shapes.hard_negatives(scene, np.random.default_rng([seed, 1, int(index)]), self.NEGATIVES)
+        outputs = self.model(input_ids=tokenize(self.tokenizer, captions).to(device), pixel_values=pixels.to(device))
+        logits = outputs.logits_per_image  # (B, B + B * NEGATIVES)
+        target = torch.arange(len(scenes), device=device)
+        return F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits[:, : len(scenes)].T, target)
+
+
+class VaeObjective(nn.Module):
+    """L1 + MSE, with the objects' pixels weighted up (most pixels are background), + 1e-6 KL."""
+
+    def __init__(self):
+        super().__init__()
+        model = AutoencoderKL(
+            in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8,
+            block_out_channels=(32, 64, 96), down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3, sample_size=shapes.IMAGE_SIZE)  # fmt: skip
+        self.model = model.to(memory_format=torch.channels_last)
+
+    def forward(self, seed, step, indices, device):
+        pixels = rendered(seed, indices)[0].to(device)
+        objects = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True).gt(0.02).float()
+        weight = 1 + 4 * F.max_pool2d(objects, 3, stride=1, padding=1)
+        posterior = self.model.encode(pixels).latent_dist
+        noise = torch.stack([torch.randn(4, 8, 8, generator=sample_generator(seed, 0, int(i))) for i in indices])
+        decoded = self.model.decode(posterior.mean + posterior.std * noise.to(device)).sample
+        error = (decoded - pixels).abs()
+        return (weight * (error + error**2)).mean() + 1e-6 * posterior.kl().mean()
+
+
+class UNetObjective(nn.Module):
+    """Epsilon-prediction on the VAE's latents, min-SNR-5 weights, 10 % empty captions; trains the text encoder too."""
+
+    def __init__(self, tokenizer, vae):
+        super().__init__()
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+        self.unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(48, 96, 96),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8)  # fmt: skip
+        self.tokenizer = tokenizer
+        self.frozen = [vae]  # in a list: neither trained nor saved with this module
+        self.scheduler = train_scheduler()
+
+    def forward(self, seed, step, indices, device):
+        pixels, scenes = rendered(seed, indices)
+        vae = self.frozen[0]
+        captions, noise, timesteps = [], [], []
+        for scene, index in zip(scenes, indices):
+            generator = sample_generator(seed, 0, int(index))
+            noise.append(torch.randn(4, 8, 8, generator=generator))
+            timesteps.append(torch.randint(1000, (), generator=generator))
+            dropped = torch.rand((), generator=generator) < 0.1
+            captions.append("" if dropped else shapes.caption_of(scene))
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(device)).latent_dist.mean * vae.config.scaling_factor
+        noise, timesteps = torch.stack(noise).to(device), torch.stack(timesteps).to(device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prompt_embeds = self.text_encoder(tokenize(self.tokenizer, captions).to(device))[0]
+        prediction = self.unet(noisy, timesteps, prompt_embeds).sample
+        alphas = self.scheduler.alphas_cumprod.to(device)[timesteps]
+        snr = alphas / (1 - alphas)
+        weight = snr.clamp(max=5) / snr
+        return (weight * (prediction - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+
+
+def train_scheduler():
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+
+
+def learning_rate(step, steps, peak, warmup=200):
+    """Linear warm-up, then cosine to zero."""
+    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train_part(name, objective, steps, batch_size, peak, args, accelerator, sample=None):
+    """Train one part to `steps` (resuming its last checkpoint) and leave it with its EMA weights."""
+    folder = Path(args.work_dir) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    device = accelerator.device
+    objective.to(device)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {key: value.detach().clone() for key, value in objective.state_dict().items()}
+    step, checkpoint = 0, folder / "checkpoint"
+    if (checkpoint / "state.json").is_file():
+        step = json.loads((checkpoint / "state.json").read_text())["step"]
+        objective.load_state_dict(load_file(checkpoint / "weights.safetensors"))
+        ema = {k: v.to(device) for k, v in load_file(checkpoint / "ema.safetensors").items()}
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        accelerator.print(f"{name}: resuming at step {step} of {steps}")
+    model = accelerator.prepare(objective) if step < steps else objective
+    share = batch_size // accelerator.num_processes
+    bar = tqdm(total=steps, initial=step, desc=name, disable=not accelerator.is_main_process, mininterval=10)
+    seed, losses = args.seed + PARTS.index(name), []
+    while step < steps:
+        first = step * batch_size + accelerator.process_index * share
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        loss = model(seed, step, range(first, first + share), device)
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, value in objective.state_dict().items():
+                ema[key].lerp_(value, 1 - decay) if value.is_floating_point() else ema[key].copy_(value)
+        losses.append(loss.detach())
+        bar.update()
+        if step % args.checkpointing_steps == 0 or step == steps:
+            average, losses = torch.stack(losses).mean().item(), []
+            bar.set_postfix(loss=f"{average:.4f}")
+            if accelerator.is_main_process:
+                print(f"{name} step {step} loss {average:.5f}", flush=True)
+                save_part(checkpoint, step, objective, ema, optimizer)
+                if sample is not None:
+                    weights = {k: v.clone() for k, v in objective.state_dict().items()}
+                    objective.load_state_dict(ema)
+                    with torch.no_grad():
+                        sample(objective).save(folder / f"sample-{step}.png")
+                    objective.load_state_dict(weights)
+            accelerator.wait_for_everyone()
+    objective.load_state_dict(ema)
+    return objective.eval()
+
+
+def save_part(checkpoint, step, objective, ema, optimizer):
+    temporary = checkpoint.with_name(".checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, temporary / "weights.safetensors")
+    save_file({k: v.contiguous() for k, v in ema.items()}, temporary / "ema.safetensors")
+    torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    os.replace(temporary, checkpoint)
+
+
+def sample_vae(objective):
+    pixels = to_pixels([shapes.held_out_sample(i)[0] for i in range(32)]).to(next(objective.parameters()).device)
+    decoded = objective.model(pixels).sample
+    return to_image(torch.stack([pixels, decoded], dim=1).flatten(0, 1), columns=16)
+
+
+def sample_unet(objective):
+    pipeline = build_pipeline(objective, objective.frozen[0])
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(shapes.held_out_captions(24), num_inference_steps=25, guidance_scale=4.0, output_type="pt",
+                      generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    return to_image(images * 2 - 1)
+
+
+def build_pipeline(objective, vae):
+    scheduler = DDIMScheduler.from_config(train_scheduler().config, timestep_spacing="trailing", clip_sample=False,
+                                          set_alpha_to_one=True)  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=objective.text_encoder, tokenizer=objective.tokenizer, unet=objective.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+
+
+def main():
+    args = parse_args()
+    accelerator = Accelerator()
+    output, tokenizer = Path(args.output_dir), build_tokenizer()
+    torch.manual_seed(args.seed)
+    if "reader" in args.parts:
+        reader = train_part("reader", ReaderObjective(), args.reader_steps, 64, 1e-3, args, accelerator)
+        reader.model.save_pretrained(output / "tiny-reader")
+        right = []
+        for start in range(0, 2000, 250):
+            images, scenes = zip(*(shapes.held_out_sample(i) for i in range(start, start + 250)))
+            with torch.no_grad():
+                right.append(scenes_right(reader.model(to_pixels(images).to(accelerator.device)).cpu(), torch.tensor(scenes)) if False else scenes_right(reader.model(to_pixels(images)), torch.tensor(scenes)))
+        print("reader scene accuracy", torch.cat(right).float().mean())
+    if "clip" in args.parts:
+        clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 64, 1e-3, args, accelerator)
+        clip.model.half().save_pretrained(output / "tiny-clip")
+        tokenizer.save_pretrained(output / "tiny-clip")
+    if "vae" in args.parts:
+        train_part("vae", VaeObjective(), args.vae_steps, 16, 1.5e-3, args, accelerator, sample_vae)
+    if "unet" in args.parts:
+        vae = VaeObjective()
+        vae.load_state_dict(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
+        vae = vae.model.to(accelerator.device).eval().requires_grad_(False)
+        with torch.no_grad():
+            stds = [vae.encode(rendered(args.seed, range(i, i + 250))[0].to(accelerator.device)).latent_dist.mean for i in range(0, 2000, 250)]
+        vae.register_to_config(scaling_factor=round(1 / torch.cat(stds).std().item(), 5))
+        print("scaling_factor", vae.config.scaling_factor)
+        train_part("unet", UNetObjective(tokenizer, vae), args.unet_steps, 64, 1e-3, args, accelerator, sample_unet)
+
+
+if __name__ == "__main__":
+    main()
