@@ -320,7 +320,11 @@ def main():
         for start in range(0, 2000, 250):
             images, scenes = zip(*(shapes.held_out_sample(i) for i in range(start, start + 250)))
             with torch.no_grad():
-                right.append(scenes_right(reader.model(to_pixels(images).to(accelerator.device)).cpu(), torch.tensor(scenes)) if False else scenes_right(reader.model(to_pixels(images)), torch.tensor(scenes)))
+                right.append(
+                    scenes_right(reader.model(to_pixels(images).to(accelerator.device)).cpu(), torch.tensor(scenes))
+                    if False
+                    else scenes_right(reader.model(to_pixels(images)), torch.tensor(scenes))
+                )
         print("reader scene accuracy", torch.cat(right).float().mean())
     if "clip" in args.parts:
         clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 64, 1e-3, args, accelerator)
@@ -333,7 +337,10 @@ def main():
         vae.load_state_dict(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
         vae = vae.model.to(accelerator.device).eval().requires_grad_(False)
         with torch.no_grad():
-            stds = [vae.encode(rendered(args.seed, range(i, i + 250))[0].to(accelerator.device)).latent_dist.mean for i in range(0, 2000, 250)]
+            stds = [
+                vae.encode(rendered(args.seed, range(i, i + 250))[0].to(accelerator.device)).latent_dist.mean
+                for i in range(0, 2000, 250)
+            ]
         vae.register_to_config(scaling_factor=round(1 / torch.cat(stds).std().item(), 5))
         print("scaling_factor", vae.config.scaling_factor)
         train_part("unet", UNetObjective(tokenizer, vae), args.unet_steps, 64, 1e-3, args, accelerator, sample_unet)

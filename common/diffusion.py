@@ -1,0 +1,145 @@
+"""Diffusion maths: schedules, conversions between epsilon, x0 and v, DDIM steps, student timesteps.
+
+Notation as in the papers: z_t = alpha_t x + sigma_t eps, alpha_t = sqrt(alphas_cumprod_t), sigma_t^2 = 1 - alpha_t^2,
+v = alpha_t eps - sigma_t x. A timestep below 0 is the clean end: alpha = 1, sigma = 0. Everything is fp32: at the last
+timestep of SD1.5 sigma / alpha is 14.6, so half precision would lose the prediction.
+"""
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class NoiseSchedule:
+    """alpha_t and sigma_t of a diffusers scheduler (read from its config), indexed by integer timesteps."""
+
+    def __init__(self, scheduler, device="cpu"):
+        config = DDPMScheduler.from_config(scheduler.config)
+        self.num_train_timesteps = config.config.num_train_timesteps
+        self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"the scheduler's prediction_type is '{self.prediction_type}', not in {PREDICTION_TYPES}")
+        alphas_cumprod = torch.cat([config.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
+        self._alphas = alphas_cumprod.sqrt().float().to(device)  # the last entry is timestep -1
+        self._sigmas = (1 - alphas_cumprod).sqrt().float().to(device)
+
+    def alpha(self, timesteps):
+        """alpha_t of timesteps (B,), shaped (B, 1, 1, 1)."""
+        return self._alphas[timesteps.clamp(min=-1)].view(-1, 1, 1, 1)
+
+    def sigma(self, timesteps):
+        """sigma_t of timesteps (B,), shaped (B, 1, 1, 1)."""
+        return self._sigmas[timesteps.clamp(min=-1)].view(-1, 1, 1, 1)
+
+    def add_noise(self, x, noise, timesteps):
+        """z_t = alpha_t x + sigma_t eps."""
+        return self.alpha(timesteps) * x + self.sigma(timesteps) * noise
+
+    def to_x0(self, output, z, timesteps):
+        """The clean latents that a model output of this schedule's prediction_type stands for (B, C, H, W)."""
+        output, z = output.float(), z.float()
+        if self.prediction_type == "sample":
+            return output
+        alpha, sigma = self.alpha(timesteps), self.sigma(timesteps)
+        return alpha * z - sigma * output if self.prediction_type == "v_prediction" else (z - sigma * output) / alpha
+
+    def to_epsilon(self, output, z, timesteps):
+        """The noise that a model output of this schedule's prediction_type stands for (B, C, H, W)."""
+        output, z = output.float(), z.float()
+        if self.prediction_type == "epsilon":
+            return output
+        alpha, sigma = self.alpha(timesteps), self.sigma(timesteps)
+        return alpha * output + sigma * z if self.prediction_type == "v_prediction" else (z - alpha * output) / sigma
+
+    def ddim_step(self, output, z, timesteps, next_timesteps):
+        """Deterministic DDIM (Song et al. 2021, eq. 12, eta 0) from timesteps to next_timesteps, both (B,)."""
+        x0 = self.to_x0(output, z, timesteps)
+        epsilon = self.to_epsilon(output, z, timesteps)
+        return self.alpha(next_timesteps) * x0 + self.sigma(next_timesteps) * epsilon
+
+    def x0_of_step(self, z_next, z, timesteps, next_timesteps):
+        """The x0 with which one DDIM step takes z to z_next (Salimans & Ho 2022, appendix G)."""
+        ratio = self.sigma(next_timesteps) / self.sigma(timesteps)
+        return (z_next - ratio * z) / (self.alpha(next_timesteps) - ratio * self.alpha(timesteps))
+
+    def snr(self, timesteps):
+        """alpha_t^2 / sigma_t^2, shaped (B, 1, 1, 1)."""
+        return self.alpha(timesteps) ** 2 / self.sigma(timesteps) ** 2
+
+
+def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps):
+    """K + 1 timesteps per sample, evenly from t to its end (-1 is the clean end): long (K + 1, B).
+
+    tau_j = round((t + 1) + (end - t) j / K) - 1, which is round((t + 1)(1 - j / K)) - 1 for end = -1.
+    """
+    fractions = (
+        torch.arange(num_ddim_steps + 1, device=timesteps.device, dtype=torch.float64)[:, None] / num_ddim_steps
+    )
+    start, end = timesteps[None].double(), end_timesteps[None].double()
+    return ((start + 1) + (end - start) * fractions).round().long() - 1
+
+
+def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps):
+    """K DDIM steps of `predict(z, t) -> model output`, batched over samples that start at different timesteps.
+
+    z (B, C, H, W); timesteps and end_timesteps long (B,), end < t. Returns z at end_timesteps. Where a sample's own
+    interval is shorter than K timesteps, repeated grid points leave it where it is.
+    """
+    grid = teacher_timesteps(timesteps, end_timesteps, num_ddim_steps)
+    for now, after in zip(grid[:-1], grid[1:]):
+        # A sample that is already at its end (now = -1) is evaluated at 0 and then left as it was.
+        at = now.clamp(min=0)
+        moved = schedule.ddim_step(predict(z, at), z, at, after)
+        z = torch.where((after < now).view(-1, 1, 1, 1), moved, z)
+    return z
+
+
+def student_scheduler(scheduler, target, num_inference_steps):
+    """The scheduler saved with a few-step student of `target` "x0" (predict, re-noise) or "next" (deterministic).
+
+    Trailing timesteps, no clipping (latents are not in [-1, 1]), ending at alpha = 1.
+    """
+    if target == "x0":
+        # LCMScheduler ignores timestep_spacing: only with every training timestep as its original schedule do
+        # 1, 2, 4, 8 steps land on the trailing ones.
+        return LCMScheduler.from_config(
+            _schedule_config(scheduler),
+            clip_sample=False,
+            set_alpha_to_one=True,
+            original_inference_steps=scheduler.config.num_train_timesteps,
+        )
+    return ddim_scheduler(scheduler, num_inference_steps)
+
+
+def ddim_scheduler(scheduler, num_inference_steps):
+    """A deterministic trailing scheduler for N steps: DDIM, or its first-order ODE twin where DDIM misses timesteps.
+
+    DDIMScheduler steps to t - T // N whatever the next listed timestep is, so it is right only where N divides T.
+    """
+    if scheduler.config.num_train_timesteps % num_inference_steps == 0:
+        return DDIMScheduler.from_config(
+            _schedule_config(scheduler), timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        )
+    return DPMSolverMultistepScheduler.from_config(
+        _schedule_config(scheduler), solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+
+
+def _schedule_config(scheduler):
+    """Only what defines the noise schedule: sampling options of another scheduler class must not leak through."""
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+             "rescale_betas_zero_snr")  # fmt: skip
+    return {name: scheduler.config[name] for name in names if name in scheduler.config}
+
+
+def student_timesteps(scheduler, num_inference_steps):
+    """The timesteps that `scheduler`, the one that will be saved, uses for N steps: a descending list of N ints."""
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(num_inference_steps)
+    timesteps = [int(t) for t in copy.timesteps]
+    if len(timesteps) != num_inference_steps:
+        raise ValueError(
+            f"{type(scheduler).__name__} gives {len(timesteps)} timesteps for {num_inference_steps} steps"
+        )
+    return timesteps

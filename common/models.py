@@ -1,0 +1,166 @@
+"""Models: load a pipeline, freeze it, encode prompts, and predict with guidance in one batched forward.
+
+One family of shapes is handled: UNet pipelines of Stable Diffusion 1.x and 2.x (one text encoder) and of SDXL (two,
+with a pooled embedding and time ids). The pipeline's own `encode_prompt` encodes, so that training and stock
+inference see the same embeddings.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+TINY_SD = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
+
+
+class ModelError(ValueError):
+    """A model that can't be used, in one sentence."""
+
+
+@dataclass
+class Conditioning:
+    """What the UNet gets beside latents and timesteps: (B, L, D), and for SDXL (B, P) and (B, 6)."""
+
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    def to(self, *args):
+        return Conditioning(*(None if x is None else x.to(*args) for x in self._tensors()))
+
+    def expand(self, batch_size):
+        """One row repeated to a batch."""
+        return Conditioning(*(None if x is None else x.expand(batch_size, *x.shape[1:]) for x in self._tensors()))
+
+    def cat(self, other):
+        pairs = zip(self._tensors(), other._tensors())
+        return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
+
+    def _tensors(self):
+        return (self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
+
+
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
+    """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
+
+    Raises ModelError (one sentence naming --pretrained_model_name_or_path) where there is no such pipeline.
+    """
+    where = f"--pretrained_model_name_or_path {path}"
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
+    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
+        raise ModelError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
+    # The class is read first: a pipeline of another kind must fail before gigabytes are loaded.
+    try:
+        name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{where}: neither a folder here nor a pipeline that the hub gave ({_first(error)})"
+        ) from None
+    classes = {
+        "StableDiffusionPipeline": StableDiffusionPipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+    }
+    if name not in classes:
+        raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(classes)}.")
+    extras = {} if name.endswith("XLPipeline") else {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = classes[name].from_pretrained(
+            path, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **extras
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{where}: the pipeline does not load ({_first(error)})") from None
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _first(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def is_sdxl(pipeline):
+    return isinstance(pipeline, StableDiffusionXLPipeline)
+
+
+def native_resolution(pipeline):
+    """The pixels per side that the UNet was made for: sample_size times the VAE's factor."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def read_distillation(path):
+    """The distillation.json beside a pipeline or LoRA; without the file (or for a hub id) an ordinary teacher."""
+    file = Path(path) / "distillation.json"
+    if not file.is_file():
+        return {"guidance": "cfg", "guidance_scale": 7.5}
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def encode_prompts(pipeline, captions, resolution):
+    """Conditioning of a list of captions, by the pipeline's own encode_prompt, without guidance."""
+    device = pipeline.unet.device
+    if not is_sdxl(pipeline):
+        embeds = pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
+        return Conditioning(embeds)
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
+    return Conditioning(embeds, pooled, _time_ids(pooled, len(captions), resolution))
+
+
+@torch.no_grad()
+def encode_empty_prompt(pipeline, resolution):
+    """The unconditional row (B = 1) that the stock pipeline guides with: SDXL base uses zeros, the others ''."""
+    device = pipeline.unet.device
+    if not is_sdxl(pipeline):
+        return Conditioning(pipeline.encode_prompt([""], device, 1, do_classifier_free_guidance=True)[1])
+    _, embeds, _, pooled = pipeline.encode_prompt([""], device=device, do_classifier_free_guidance=True)
+    return Conditioning(embeds, pooled, _time_ids(pooled, 1, resolution))
+
+
+def _time_ids(pooled, batch_size, resolution):
+    """SDXL's micro-conditioning: original size, crop corner (0, 0), target size."""
+    ids = torch.tensor(
+        [resolution, resolution, 0, 0, resolution, resolution], device=pooled.device, dtype=pooled.dtype
+    )
+    return ids.expand(batch_size, 6)
+
+
+def predict(unet, z, timesteps, conditioning, timestep_cond=None):
+    """One UNet forward. z (B, C, H, W) fp32, timesteps long (B,). Returns the model output in fp32."""
+    dtype = conditioning.prompt_embeds.dtype
+    added = None
+    if conditioning.pooled_prompt_embeds is not None:
+        added = {"text_embeds": conditioning.pooled_prompt_embeds, "time_ids": conditioning.time_ids}
+    output = unet(
+        z.to(dtype), timesteps, encoder_hidden_states=conditioning.prompt_embeds, added_cond_kwargs=added,
+        timestep_cond=timestep_cond, return_dict=False)[0]  # fmt: skip
+    return output.float()
+
+
+def predict_guided(unet, z, timesteps, conditioning, unconditional, guidance_scale):
+    """Classifier-free guidance, eps_u + w (eps_c - eps_u), in ONE batched forward. `unconditional` has one row."""
+    if guidance_scale == 1:
+        return predict(unet, z, timesteps, conditioning)
+    both = unconditional.expand(len(z)).cat(conditioning)
+    output = predict(unet, torch.cat([z, z]), torch.cat([timesteps, timesteps]), both)
+    without, given = output.chunk(2)
+    return without + guidance_scale * (given - without)
+
+
+@torch.no_grad()
+def encode_images(vae, pixel_values):
+    """Scaled latents (B, C, H / f, W / f), fp32, of pixels in [-1, 1]: the posterior's mean, so nothing is drawn."""
+    latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mode()
+    shift = vae.config.get("shift_factor") or 0.0
+    return (latents.float() - shift) * vae.config.scaling_factor
+
+
+def decode_latents(vae, latents):
+    """Pixels (B, 3, H, W) in about [-1, 1], fp32, of scaled latents."""
+    shift = vae.config.get("shift_factor") or 0.0
+    return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0].float()

@@ -1,0 +1,116 @@
+"""Validation: sample grids during training, and what an output carries: distillation.json and a model card."""
+
+import json
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+@torch.no_grad()
+def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_scale, resolution, seed=0, num_images=1):
+    """Images (a list of PIL lists, one per prompt) by the stock pipeline with the given scheduler.
+
+    Image j of every prompt starts from the same noise, seeded by (seed, j). Training is not disturbed: no global
+    random number is drawn, and the pipeline keeps its scheduler, dtypes and adapters.
+    """
+    own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
+    try:
+        with torch.random.fork_rng(devices=[]):
+            rows = []
+            for prompt in prompts:
+                generators = [torch.Generator().manual_seed(seed * 1000 + j) for j in range(num_images)]
+                rows.append(
+                    pipeline(
+                        [prompt] * num_images,
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        height=resolution,
+                        width=resolution,
+                        generator=generators,
+                    ).images  # fmt: skip
+                )
+            return rows
+    finally:
+        pipeline.scheduler = own_scheduler
+
+
+def image_grid(rows, row_labels=None, column_labels=None, min_side=96):
+    """One labelled PIL picture of rows of PIL images; small images are enlarged by a whole factor to be seen."""
+    side = max(image.width for row in rows for image in row)
+    factor = max(1, -(-min_side // side))
+    cell, gap, font = side * factor, 4, ImageFont.load_default(12)
+    left = 4 + max((int(font.getlength(_short(label))) for label in row_labels or [""]), default=0)
+    top = 20 if column_labels else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + columns * (cell + gap), top + len(rows) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, label in enumerate(column_labels or []):
+        draw.text((left + x * (cell + gap) + 2, 4), label, fill="black", font=font)
+    for y, row in enumerate(rows):
+        if row_labels:
+            draw.text((2, top + y * (cell + gap) + cell // 2 - 6), _short(row_labels[y]), fill="black", font=font)
+        for x, image in enumerate(row):
+            resized = image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+            sheet.paste(resized, (left + x * (cell + gap), top + y * (cell + gap)))
+    return sheet
+
+
+def _short(label, limit=60):
+    return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
+def log_images(accelerator, folder, rows, prompts, step):
+    """Write samples/step-N.png and give the grid to every tracker that takes images. Main process only."""
+    grid = image_grid(rows, row_labels=prompts)
+    (Path(folder) / "samples").mkdir(exist_ok=True)
+    grid.save(Path(folder) / "samples" / f"step-{step}.png")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": wandb.Image(grid)}, step=step)
+
+
+def write_distillation(folder, **contract):
+    """distillation.json: method, parent, steps, timesteps, guidance, guidance_scale, target. See README."""
+    (Path(folder) / "distillation.json").write_text(json.dumps(contract, indent=2) + "\n")
+
+
+def write_model_card(folder, title, base_model, usage, notes, lora=False):
+    """README.md of an output: base model, method, command line, versions, numbers. `notes`: dict of name to value."""
+    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
+    lines = [
+        "---",
+        f"base_model: {base_model}",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags: [diffusers, text-to-image, distillation" + (", lora]" if lora else "]"),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in notes.items()),
+        "",
+        "Made by:",
+        "",
+        "```",
+        shlex.join(["accelerate", "launch", *sys.argv]),
+        "```",
+        "",
+        "with " + ", ".join(f"{name} {version(name)}" for name in packages) + ".",
+        "",
+    ]
+    (Path(folder) / "README.md").write_text("\n".join(lines))
