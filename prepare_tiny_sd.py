@@ -47,8 +47,8 @@ def parse_args():
     parser.add_argument("--work_dir", default="outputs/tiny_sd", help="checkpoints and sample grids")
     parser.add_argument("--reader_steps", type=int, default=2500)
     parser.add_argument("--clip_steps", type=int, default=4000)
-    parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--unet_steps", type=int, default=9000)
+    parser.add_argument("--vae_steps", type=int, default=4250)
+    parser.add_argument("--unet_steps", type=int, default=7000)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -152,7 +152,10 @@ class ClipObjective(nn.Module):
 
 
 class VaeObjective(nn.Module):
-    """L1 + MSE, with the objects' pixels weighted up (most pixels are background), + 1e-6 KL."""
+    """L1 + MSE, + 1e-6 KL; most pixels are background, so an object's weigh more, and a small object's most.
+
+    Without that, small crosses come back as diamonds.
+    """
 
     def __init__(self):
         super().__init__()
@@ -165,7 +168,8 @@ class VaeObjective(nn.Module):
     def forward(self, seed, step, indices, device):
         pixels = rendered(seed, indices)[0].to(device)
         objects = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True).gt(0.02).float()
-        weight = 1 + 4 * F.max_pool2d(objects, 3, stride=1, padding=1)
+        objects = F.max_pool2d(objects, 3, stride=1, padding=1)
+        weight = 1 + 4 * objects / F.avg_pool2d(objects, 15, stride=1, padding=7).clamp(min=0.1)
         posterior = self.model.encode(pixels).latent_dist
         noise = torch.stack([torch.randn(4, 8, 8, generator=sample_generator(seed, 0, int(i))) for i in indices])
         decoded = self.model.decode(posterior.mean + posterior.std * noise.to(device)).sample

@@ -1,10 +1,530 @@
-"""Data: randomness per sample."""
+"""Data: captioned images from folders, shards, tables or rendered shapes, in an order that only the seed decides.
+
+`load_dataset_from_args` recognises what --data_dir holds, in this order:
+ 1. COCO           annotations/captions_*.json (the train files if there are any), images in <suffix>/, images/ or ./
+ 2. webdataset     *.tar shards with pairs of image and .txt or .json; only headers and captions are read at load time
+ 3. parquet        *.parquet tables with an image and a caption column
+ 4. imagefolder    metadata.jsonl or metadata.csv (here or in train/) with file_name and caption columns
+ 5. captions       captions.json: [{"text": "a cat", "file_name": "1.jpg"}], file_name only where images are needed
+ 6. pairs          images with a .txt caption beside each, in any subfolder
+A .tar, .parquet or .json file may also be given itself. --dataset_name is a `datasets` hub id, a local folder, or
+"shapes". Hidden files are ignored; of shards and tables those named train are used where there are any.
+
+Nothing about a sample depends on rank, worker or micro-batch: which one is read follows from (seed, sample count),
+its flip, crop and choice of caption from (seed, optimizer step, index in the global batch).
+"""
+
+import csv
+import functools
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from common.shapes import IMAGE_SIZE, caption_of, training_sample, training_scene
+
+logger = logging.getLogger(__name__)
+
+ACCEPTED = (
+    "COCO annotations/captions_*.json, webdataset .tar shards, .parquet files, metadata.jsonl or metadata.csv, "
+    "captions.json, or images with .txt captions beside them"
+)
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
+# Pillow's other readers stay closed to data from strangers (EPS, for one, would start Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 100_000_000  # a larger image counts as unreadable
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
+FILE_COLUMNS = ("file_name", "image")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+UNREADABLE_SHARE, UNREADABLE_MIN = 0.05, 3  # more than the share, and at least so many: the run stops
 
 
-def sample_generator(seed, step, index):
-    """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank."""
-    state = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)[0]
+class DataError(ValueError):
+    """A user's mistake or broken data, in one sentence that names the flag or the path."""
+
+    def __init__(self, message):
+        # From a DataLoader worker the error is rebuilt with a traceback as its text; the sentence comes last.
+        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
+
+
+def sample_generator(seed, step, index, stream=0):
+    """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank.
+
+    `stream` sets apart independent uses of one sample: 0 training noise, 1 augmentation, 2 data order.
+    """
+    state = np.random.SeedSequence([seed, step, index] + [stream] * (stream != 0)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def to_square(image, resolution, crop_x, crop_y, flip):
+    """PIL image -> float32 (3, resolution, resolution) in [-1, 1].
+
+    The largest square is cut out at (crop_x, crop_y), fractions of the room there is, and resized with antialiasing:
+    the crop of a resized shortest side, without ever holding the resized long side of a panorama.
+    """
+    side = min(image.size)
+    left, top = (round(fraction * (length - side)) for fraction, length in zip((crop_x, crop_y), image.size))
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    if flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Base of the datasets with `size` samples; a subclass has `name`, `image_file` and `captions` of an index.
+
+    dataset[index, step, position] -> {"pixel_values": float32 (3, R, R) in [-1, 1] (where images are needed),
+    "caption": str, "position": int, "step": int}. An image that can't be decoded is logged once, counted in
+    `unreadable` and replaced by the next index; too many of them raise DataError.
+    """
+
+    def __init__(self, args, size, needs_images, source):
+        if size == 0:
+            raise DataError(f"{source} has no usable samples.")
+        self.size, self.needs_images, self.source = size, needs_images, source
+        self.seed, self.resolution = args.seed, args.resolution
+        self.center_crop, self.random_flip = args.center_crop, args.random_flip
+        # In shared memory, so that the workers of a loader count together.
+        self.unreadable = torch.zeros(size, dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, key):
+        index, step, position = key
+        # All four are drawn whatever the options: a flag never changes what another one draws.
+        draws = torch.rand(4, generator=sample_generator(self.seed, step, position, stream=1)).tolist()
+        sample = {"position": position, "step": step}
+        if self.needs_images:
+            index, image = self._first_readable(index)
+            crop = (0.5, 0.5) if self.center_crop else draws[:2]
+            sample["pixel_values"] = to_square(image, self.resolution, *crop, self.random_flip and draws[2] < 0.5)
+        captions = self.captions(index)
+        sample["caption"] = captions[int(draws[3] * len(captions))]
+        return sample
+
+    def _first_readable(self, index):
+        """(index, RGB image) of the first readable sample from `index` on."""
+        while True:
+            if not self.unreadable[index]:
+                try:
+                    return index, self._decode(index)
+                except Exception as error:  # broken bytes make Pillow's readers raise anything
+                    self.unreadable[index] = True
+                    logger.warning("skipping an unreadable image, %s: %s", self.name(index), error)
+            bad = int(self.unreadable.sum())
+            if _too_many(bad, self.size):
+                raise DataError(
+                    f"{bad} of {self.size} images of {self.source} can't be read, e.g. {self.name(index)}."
+                )
+            index = (index + 1) % self.size
+
+    def _decode(self, index):
+        with Image.open(self.image_file(index), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are too many")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # convert() would clip 16-bit gray to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+
+
+class FileDataset(CaptionedImages):
+    """Samples of image files and tar members: a list of (path, offset, length, captions), offset None for a file."""
+
+    def __init__(self, args, samples, needs_images, source):
+        self.samples = samples[: args.max_train_samples]
+        super().__init__(args, len(self.samples), needs_images, source)
+
+    def name(self, index):
+        path, offset, _, _ = self.samples[index]
+        return path if offset is None else f"{path} at byte {offset}"
+
+    def image_file(self, index):
+        path, offset, length, _ = self.samples[index]
+        if offset is None:
+            return path
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(length))
+
+    def captions(self, index):
+        return self.samples[index][3]
+
+
+class TableDataset(CaptionedImages):
+    """Samples of a datasets.Dataset; with `folder`, image paths in the table must stay inside that folder."""
+
+    def __init__(self, args, table, needs_images, source, folder=None):
+        from datasets import ClassLabel, Image, Value  # here, because the import takes seconds and few runs need it
+
+        def holds_image(feature):
+            binary = isinstance(feature, Value) and "binary" in feature.dtype
+            return isinstance(feature, Image) or binary or (isinstance(feature, dict) and "bytes" in feature)
+
+        def holds_caption(feature):
+            inner = getattr(feature, "feature", feature)  # of a list of captions
+            return isinstance(inner, ClassLabel) or (isinstance(inner, Value) and re.search("string|int", inner.dtype))
+
+        features = table.features
+        known = [*CAPTION_COLUMNS, *(name for name in features if isinstance(features[name], ClassLabel)), "label"]
+        column = _find_column(features, "--caption_column", args.caption_column, known, holds_caption, source)
+        self.caption_column, feature = column, features[column]
+        self.class_names = getattr(getattr(feature, "feature", feature), "names", None)
+        self.caption_template, self.folder = args.caption_template or "a photo of a {label}", folder
+        if "{label}" not in self.caption_template:
+            raise DataError(f"--caption_template {self.caption_template!r} has no {{label}}.")
+        if args.max_train_samples is not None:
+            table = table.select(range(min(args.max_train_samples, len(table))))
+        # A view for each column, so that a caption is read without its image.
+        self.caption_table = table.select_columns([self.caption_column])
+        if needs_images:
+            known = [*IMAGE_COLUMNS, *(name for name in features if isinstance(features[name], Image))]
+            self.image_column = _find_column(features, "--image_column", args.image_column, known, holds_image, source)
+            self.image_table = table.select_columns([self.image_column])
+            if isinstance(features[self.image_column], Image):
+                self.image_table = self.image_table.cast_column(self.image_column, Image(decode=False))
+        super().__init__(args, len(table), needs_images, source)
+
+    def name(self, index):
+        return f"row {index} of {self.source}"
+
+    def image_file(self, index):
+        cell = self.image_table[index][self.image_column]
+        content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if content is not None:
+            return io.BytesIO(content)
+        if path is None:
+            raise ValueError("it has no image")
+        return path if self.folder is None else _inside(self.folder, self.folder, path)
+
+    def captions(self, index):
+        values = self.caption_table[index][self.caption_column]
+        return [self._caption(value) for value in (values if isinstance(values, list) else [values])] or [""]
+
+    def _caption(self, value):
+        if isinstance(value, str):
+            return value
+        if value is None or value < 0:  # `datasets` writes -1 where a label is unknown
+            return ""
+        return self.caption_template.replace("{label}", self.class_names[value] if self.class_names else str(value))
+
+
+class ShapesDataset(torch.utils.data.Dataset):
+    """Rendered shapes: endless (`size` None) unless --max_train_samples ends it.
+
+    --random_flip is ignored (a mirrored "left of" would be a lie), and there is nothing to crop.
+    """
+
+    def __init__(self, args, needs_images=True):
+        self.size, self.seed = args.max_train_samples, args.seed
+        self.needs_images, self.resolution = needs_images, args.resolution
+
+    def __getitem__(self, key):
+        index, step, position = key
+        sample = {"position": position, "step": step}
+        if not self.needs_images:
+            scene, _ = training_scene(self.seed, index)
+        else:
+            image, scene = training_sample(self.seed, index)
+            pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+            if self.resolution % IMAGE_SIZE == 0:
+                factor = self.resolution // IMAGE_SIZE
+                pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+            else:
+                size = (self.resolution, self.resolution)
+                pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].clamp(-1, 1)
+            sample["pixel_values"] = pixels
+        sample["caption"] = caption_of(scene)
+        return sample
+
+
+def _too_many(bad, total):
+    return bad == total or (bad >= UNREADABLE_MIN and bad > UNREADABLE_SHARE * total)
+
+
+def _inside(root, base, name):
+    """The path `base/name`, or DataError where it leaves `root`.
+
+    Judged by the text alone: a symbolic link in the folder is its owner's choice, a ".." in a metadata file is not.
+    """
+    path = os.path.abspath(os.path.join(base, name))
+    if not Path(path).is_relative_to(root):
+        raise DataError(f"The image path {name!r} leads outside of --data_dir {root}.")
+    return path
+
+
+def _find_column(features, flag, asked, known, fits, source):
+    """The column that the flag asks for, or else the first known one, that fits. Raises DataError if there is none."""
+    column = next((name for name in ([asked] if asked else known) if name in features and fits(features[name])), None)
+    if column is None:
+        wanted = f"usable {flag} {asked!r}" if asked else f"column that would do for {flag}"
+        raise DataError(f"{source} has no {wanted}; it has {', '.join(features)}.")
+    return column
+
+
+def _read_text(path):
+    return Path(path).read_text(encoding="utf-8-sig", errors="replace").strip()
+
+
+def _row_captions(row, asked, where):
+    """The captions (a list of str) of one record of a metadata file. Raises DataError where it has none."""
+    row = row if isinstance(row, dict) else {"text": row}
+    column = next((name for name in ((asked,) if asked else CAPTION_COLUMNS) if name in row), None)
+    if column is None:
+        wanted = f"--caption_column {asked!r}" if asked else f"caption column ({', '.join(CAPTION_COLUMNS)})"
+        raise DataError(f"{where} has no {wanted}; it has {', '.join(map(str, row))}.")
+    captions = row[column] if isinstance(row[column], list) else [row[column]]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise DataError(f"The caption column {column!r} of {where} holds no text.")
+    return captions
+
+
+def _read_coco(folder, annotations):
+    """(samples, paths of missing images) of COCO caption files. Any number may be missing: a part of COCO will do."""
+    samples, missing = [], []
+    training = [path for path in annotations if path.name.startswith("captions_train")]
+    for path in training or annotations:
+        content = json.loads(_read_text(path))
+        captions = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+        places = (folder / path.stem.removeprefix("captions_"), folder / "images", folder)
+        for image in content["images"]:
+            if image["id"] in captions:
+                candidates = [_inside(folder, place, image["file_name"]) for place in places]
+                found = next(filter(os.path.isfile, candidates), None)
+                missing += [] if found else [candidates[0]]
+                samples.append((found or candidates[0], None, None, captions[image["id"]]))
+    return samples, missing
+
+
+def _read_tars(shards, caption_column):
+    """Samples of webdataset shards: where each image lies in its shard, and its captions. No image is read."""
+    samples, incomplete = [], []
+    for shard in shards:
+        images, captions = {}, {}
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key, extension = f"{folder}/{stem}", extension.lower()
+                if not member.isfile():
+                    continue
+                if extension in IMAGE_EXTENSIONS:
+                    images.setdefault(key, (str(shard), member.offset_data, member.size))
+                elif extension in ("txt", "caption"):
+                    captions[key] = [tar.extractfile(member).read().decode("utf-8", "replace").strip()]
+                elif extension == "json" and key not in captions:
+                    row = json.loads(tar.extractfile(member).read())
+                    # A .json beside a .txt is often mere metadata: only one with a caption counts.
+                    if isinstance(row, dict) and any(name in row for name in (caption_column, *CAPTION_COLUMNS)):
+                        captions[key] = _row_captions(row, caption_column, f"{shard}:{member.name}")
+        samples += [(*image, captions[key]) for key, image in images.items() if key in captions]
+        incomplete += [f"{shard}:{key.strip('/')}" for key in images.keys() ^ captions.keys()]
+    if incomplete:
+        logger.warning("%d keys lack an image or a caption, e.g. %s", len(incomplete), min(incomplete))
+    return samples
+
+
+def _read_rows(root, path, args, needs_images):
+    """(samples, paths of missing images) of metadata.jsonl, metadata.csv or captions.json."""
+    text = _read_text(path)
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        rows = json.loads(text)
+        if not isinstance(rows, list):
+            raise DataError(f'{path} is not a list of captions like [{{"text": "a cat"}}].')
+    samples, missing = [], []
+    for row in rows:
+        captions, image = _row_captions(row, args.caption_column, path), None
+        if needs_images:
+            columns = (args.image_column,) if args.image_column else FILE_COLUMNS
+            image = next((row[name] for name in columns if isinstance(row, dict) and row.get(name)), None)
+            if image is None and path.suffix == ".json":
+                raise DataError(f"{path} holds captions without images, and this method trains on images.")
+            if image is None:
+                columns, present = " or ".join(columns), ", ".join(map(str, row))
+                raise DataError(f"{path} has no column {columns} with a path; it has {present}.")
+            image = _inside(root, path.parent, image)
+            missing += [] if os.path.isfile(image) else [image]
+        samples.append((image, None, None, captions))
+    if missing and _too_many(len(missing), len(rows)):
+        raise DataError(f"{len(missing)} of the {len(rows)} images that {path} names don't exist, e.g. {missing[0]}.")
+    return samples, missing
+
+
+def _load_data_dir(args, needs_images):
+    """The dataset in --data_dir, recognised in the order that the module's docstring gives."""
+    path = Path(os.path.abspath(os.path.expanduser(args.data_dir)))
+    source, single = f"--data_dir {path}", path.is_file()
+    folder = path.parent if single else path
+    if not path.exists():
+        raise DataError(f"{source} does not exist.")
+    walked = [path] if single else [Path(where) / name for where, _, names in os.walk(path) for name in names]
+    files = sorted(file for file in walked if not any(part[0] == "." for part in file.relative_to(folder).parts))
+    if not files:
+        raise DataError(f"{source} is empty.")
+
+    def ending(suffix):
+        found = [file for file in files if file.suffix.lower() == suffix]
+        return [f for f in found if re.search(r"(^|[/_.-])train", f.relative_to(folder).as_posix())] or found
+
+    coco = sorted((folder / "annotations").glob("captions_*.json")) if not single else []
+    rows = [folder / name for name in ("metadata.jsonl", "metadata.csv", "train/metadata.jsonl", "train/metadata.csv")]
+    rows = (
+        [path] if single and path.suffix == ".json" else [f for f in (*rows, folder / "captions.json") if f in files]
+    )
+    images = [] if single else [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+    missing = []
+    if coco:
+        samples, missing = _read_coco(folder, coco)
+    elif shards := ending(".tar"):
+        samples = _read_tars(shards, args.caption_column)
+    elif tables := ending(".parquet"):
+        return TableDataset(args, _load_parquet(tables, source), needs_images, source, folder)
+    elif rows:
+        samples, missing = _read_rows(folder, rows[0], args, needs_images)
+    elif images:
+        captioned = [file for file in images if file.with_suffix(".txt").is_file()]
+        samples = [(str(file), None, None, [_read_text(file.with_suffix(".txt"))]) for file in captioned]
+        bare = [str(file) for file in images if not file.with_suffix(".txt").is_file()]
+        if bare:
+            logger.warning("%d images have no .txt caption beside them and are left out, e.g. %s", len(bare), bare[0])
+        if not samples:
+            raise DataError(f"None of the {len(images)} images of {source} has a .txt caption beside it.")
+    else:
+        found = ", ".join(str(file.relative_to(folder)) for file in files[:3])
+        raise DataError(f"{source} holds none of {ACCEPTED}; found {len(files)} files: {found}.")
+    if needs_images and missing:
+        logger.warning("%d images don't exist and are left out, e.g. %s", len(missing), missing[0])
+        left_out = set(missing)
+        samples = [sample for sample in samples if sample[0] not in left_out]
+        if not samples:
+            raise DataError(f"{source} has no usable samples: none of its {len(missing)} images exists.")
+    return FileDataset(args, samples, needs_images, source)
+
+
+def _load_parquet(tables, source):
+    import datasets
+
+    try:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in tables], split="train")
+    except Exception as error:  # pyarrow's, datasets' own, or the file system's
+        raise DataError(f"{source} has parquet files that can't be read ({_first_line(error)}).") from error
+
+
+def _load_named(name):
+    """The train split of a hub id, or of a local folder (written by save_to_disk, or any that `datasets` reads)."""
+    import datasets
+
+    try:
+        saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+        table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # the network's, the hub's, pyarrow's or the file system's: the user sees a sentence
+        raise DataError(f"--dataset_name {name} can't be loaded ({_first_line(error)}).") from error
+    if isinstance(table, dict):
+        if "train" not in table and len(table) != 1:
+            raise DataError(f"--dataset_name {name} has no train split; it has {', '.join(table)}.")
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    return table
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def load_dataset_from_args(args, needs_images=True):
+    """The training data of a script's arguments: a map-style dataset with `size` samples (None: endless).
+
+    Raises DataError where the flags contradict each other or the data is missing, of no known format, or unusable.
+    """
+    if args.data_dir is None and args.dataset_name is None:
+        raise DataError("Give --data_dir or --dataset_name (--dataset_name shapes asks for rendered shapes).")
+    if args.data_dir is not None and args.dataset_name is not None:
+        raise DataError("Give --data_dir or --dataset_name, not both.")
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise DataError(f"--max_train_samples {args.max_train_samples} leaves no samples.")
+    if args.dataset_name == "shapes":
+        return ShapesDataset(args, needs_images)
+    if args.dataset_name is not None:
+        return TableDataset(args, _load_named(args.dataset_name), needs_images, f"--dataset_name {args.dataset_name}")
+    try:
+        return _load_data_dir(args, needs_images)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, csv.Error) as error:
+        raise DataError(f"--data_dir {args.data_dir} can't be read ({_first_line(error)}).") from error
+
+
+class GlobalBatchSampler(torch.utils.data.Sampler):
+    """Lists of (index, step, position) for this rank, one per micro-batch, from start_step until max_steps.
+
+    The global batch of batch_size * num_processes * accumulation_steps samples is laid out by position; a sample's
+    count is step * batch + position, which falls into an epoch and a place in that epoch's permutation.
+    """
+
+    def __init__(
+        self, size, batch_size, accumulation_steps, process_index, num_processes, start_step, max_steps, seed
+    ):
+        self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
+        self.process_index, self.num_processes = process_index, num_processes
+        self.start_step, self.max_steps, self.seed = start_step, max_steps, seed
+
+    def __len__(self):
+        return max(self.max_steps - self.start_step, 0) * self.accumulation_steps
+
+    def __iter__(self):
+        global_batch = self.batch_size * self.num_processes * self.accumulation_steps
+
+        @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+        def permutation(epoch):
+            return torch.randperm(self.size, generator=sample_generator(self.seed, epoch, 0, stream=2))
+
+        def index_of(count):
+            return count if self.size is None else int(permutation(count // self.size)[count % self.size])
+
+        for step in range(self.start_step, self.max_steps):
+            for micro_batch in range(self.accumulation_steps):
+                first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
+                positions = range(first, first + self.batch_size)
+                yield [(index_of(step * global_batch + position), step, position) for position in positions]
+
+
+def collate(samples):
+    """Samples of one micro-batch -> {"pixel_values": (b, 3, R, R) if present, "captions", "positions", "step"}."""
+    batch = {
+        "captions": [sample["caption"] for sample in samples],
+        "positions": [sample["position"] for sample in samples],
+        "step": samples[0]["step"],
+    }
+    if "pixel_values" in samples[0]:
+        batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
+    return batch
+
+
+def build_dataloader(dataset, args, accelerator, start_step):
+    """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch."""
+    steps = start_step, args.max_train_steps
+    share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
+    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed)
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator().manual_seed(args.seed),  # else a loader's start would draw from the global one
+    )

@@ -1,0 +1,126 @@
+"""Fixtures: tiny random pipelines of every supported shape, and ways to run a script in this process or launched."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+torch.set_num_threads(1)  # tests run side by side, and one thread sums in one order
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def random_pipeline(kind):
+    """A pipeline with random weights and the structure of SD1.5 ("sd"), SD2.x with v-prediction ("v") or SDXL."""
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from prepare_tiny_sd import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+
+    def text_config(width):
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, projection_dim=32,
+            num_attention_heads=2, max_position_embeddings=20, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=32,
+        block_out_channels=(8, 16, 16), down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.5)  # fmt: skip
+    xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=[1, 2],
+              projection_class_embeddings_input_dim=32 + 6 * 8)  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+        cross_attention_dim=64 if kind == "sdxl" else 32, **(xl if kind == "sdxl" else {}))  # fmt: skip
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                              skip_prk_steps=True, prediction_type="v_prediction" if kind == "v" else "epsilon")  # fmt: skip
+    if kind == "sdxl":
+        return StableDiffusionXLPipeline(
+            vae=vae, text_encoder=CLIPTextModel(text_config(32)), tokenizer=tokenizer, tokenizer_2=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(32)), unet=unet, scheduler=scheduler,
+            add_watermarker=False)  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text_config(32)), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """`pipelines(kind)`: the folder of a random pipeline, made once per session."""
+    made = {}
+
+    def get(kind="sd"):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "pipeline"
+            random_pipeline(kind).save_pretrained(made[kind])
+        return str(made[kind])
+
+    return get
+
+
+def run_in_process(module, *arguments):
+    """Run a script's main in this process, as its command line would."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        module.main(module.parse_args([str(argument) for argument in arguments]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def environment():
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def launch_command(script, *arguments, processes=1):
+    """The command line of a real launch: accelerate's launcher with gloo where there are several processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--num_cpu_threads_per_process", "1"]
+    if processes > 1:
+        launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--main_process_port", "0"]
+    return [*launcher, str(script), *(str(argument) for argument in arguments)]
+
+
+def launch(script, *arguments, processes=1, cwd=ROOT, check=True):
+    """Launch a script and wait; returns the finished process with its output as text."""
+    result = subprocess.run(
+        launch_command(script, *arguments, processes=processes), cwd=cwd, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert not check or result.returncode == 0, result.stdout[-4000:]
+    return result
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
