@@ -1,0 +1,608 @@
+"""Generate images, and measure what distillation bought: models and step counts side by side, timed and judged.
+
+Takes any output of this repository, or any Stable Diffusion pipeline or LoRA. Scheduler, timesteps and guidance are
+those saved with the weights (scheduler/ and distillation.json); for an outside LoRA they come from --scheduler and
+--guidance_scale. It says which.
+
+    python inference.py --prompt "a small red circle above a large blue square on a white background"
+    python inference.py --lora_path outputs/flash_lora/lora/final --steps 2 4 8 --compare_baseline
+    python inference.py --lora_path jasperai/flash-sd --steps 4 \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+
+A configuration is a model at a step count: the student at each of --steps, and with --compare_baseline the teacher at
+--baseline_steps and, undistilled, at each of --steps (trailing DDIM both). Image j of prompt i starts from the same
+noise in every configuration. In --outdir:
+
+    images/<configuration>/<i>_<prompt>_<j>.png
+    grid_steps.png         prompts (the first 8) down, the student's step counts across
+    grid_comparison.png    the same with baseline and undistilled teacher beside it (--compare_baseline)
+    results.csv            a row per configuration and prompt, and one with prompt "all" per configuration, which alone
+                           has the 95 % intervals (_low, _high) and the Fréchet distance
+    results.json           the same with settings, timesteps, image files and versions
+
+Time is per image of batches of --batch_size, device-synchronised, after a warm-up call: text encoding, UNet and VAE
+decode (without PNG files); `_without_decode` leaves the VAE out. A prompt's time is its share of its batches.
+`speedup` and `_retention` (quality kept) are ratios to the baseline. clip_score is 100 max(0, cos).
+"""
+
+import csv
+import gc
+import json
+import os
+import re
+import resource
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from common import arguments, metrics, shapes
+from common.arguments import UsageError
+from common.data import sample_generator
+from common.diffusion import ddim_scheduler, student_scheduler
+from common.models import TINY_SD, decode_latents, is_sdxl, load_pipeline, native_resolution, read_distillation
+from common.validation import image_grid
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+METRICS = ("clip_score", "r_precision", "scene_accuracy")
+GRID_PROMPTS = 8
+MIN_FRECHET_IMAGES = 200
+
+
+def parse_args(argv=None):
+    parser = arguments.make_parser(__doc__)
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path",
+        help="pipeline: folder or hub id (default: what the LoRA was made from, else tiny-sd)")  # fmt: skip
+    add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
+    add("--lora_scale", type=float, default=1.0, help="strength of the LoRA; its alpha comes with its file")
+    add("--fuse_lora", action="store_true", help="merge the LoRA into the weights: faster, equal up to rounding")
+    add("--scheduler", choices=("lcm", "ddim"),
+        help="trailing LCM or DDIM for weights that came without one (default: lcm for an outside LoRA)")  # fmt: skip
+    add = parser.add_argument_group("prompts").add_mutually_exclusive_group().add_argument
+    add("--prompt", nargs="+", help="one or more prompts (default: prompts/shapes20.txt or prompts/coco20.txt)")
+    add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
+    add("--held_out_captions", type=arguments.positive_int, help="the first so many held-out captions of shapes")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what the student learned)")
+    add("--num_images", type=arguments.positive_int, default=1, help="images per prompt")
+    add("--batch_size", type=arguments.positive_int, default=64, help="images per pipeline call")
+    add("--seed", type=int, default=0, help="all noise derives from (seed, prompt, image)")
+    add("--guidance_scale", type=float, help="classifier-free guidance (default: what was saved, else 1 for a LoRA)")
+    add("--negative_prompt", help="what to guide away from; works only with guidance")
+    add("--resolution", type=arguments.positive_int, help="pixels per side (default: the model's own)")
+    add("--init_image", help="start from this image: image-to-image")
+    add("--strength", type=float, help="share of the steps that --init_image is taken through (default: 0.8)")
+    add = parser.add_argument_group("comparison").add_argument
+    add("--compare_baseline", action="store_true", help="also the teacher: --baseline_steps, and undistilled --steps")
+    add("--baseline_steps", type=arguments.positive_int, default=50, help="DDIM steps of the baseline")
+    add("--baseline_guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
+    add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
+    add("--reader", default=str(TINY_SD.parent / "tiny-reader"), help="scene reader for shapes captions")
+    add = parser.add_argument_group("output").add_argument
+    add("--outdir", default="outputs/inference", help="where images, grids and results go")
+    add("--save_images", type=int, help="images saved per configuration (default: all up to 200, else the first 64)")
+    add = parser.add_argument_group("runtime").add_argument
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: fp16 on CUDA, else fp32")
+    add("--torch_compile", action="store_true", help="compile the UNet")
+    add("--attention_slicing", action="store_true", help="attention in slices: less memory, slower")
+    add("--vae_slicing", action="store_true", help="decode one image at a time")
+    add("--vae_tiling", action="store_true", help="decode in tiles: for large images")
+    add("--cpu_offload", action="store_true", help="keep on the GPU only the model that runs (CUDA)")
+    return parser.parse_args(argv)
+
+
+def check_arguments(args):
+    """Refuse, before anything is loaded, what can't work; fill in device, dtype and strength."""
+    if args.strength is not None and not args.init_image:
+        raise UsageError("--strength is for image-to-image: add --init_image or leave it out.")
+    args.strength = 0.8 if args.strength is None else args.strength
+    if not 0 < args.strength <= 1:
+        raise UsageError(f"--strength {args.strength:g} is not in (0, 1].")
+    for name in ("guidance_scale", "baseline_guidance_scale", "seed", "save_images"):
+        if (getattr(args, name) or 0) < 0:
+            raise UsageError(f"--{name} {getattr(args, name):g} is negative.")
+    if not args.lora_path and (args.fuse_lora or args.lora_scale != 1):
+        raise UsageError("--fuse_lora and --lora_scale are about a LoRA: add --lora_path or leave them out.")
+    if args.resolution and args.resolution % 8:
+        raise UsageError(f"--resolution {args.resolution} is not a multiple of 8.")
+    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
+        raise UsageError(f"--outdir {args.outdir} is a file, not a folder.")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = args.device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or not (kind == "cpu" or getattr(torch, kind).is_available()):
+        raise UsageError(f"--device {args.device}: torch has no such device here.")
+    if args.dtype == "auto":
+        args.dtype = "fp16" if kind == "cuda" else "fp32"
+    if args.dtype == "fp16" and kind == "cpu":
+        raise UsageError("--dtype fp16 needs a GPU: use fp32 or bf16.")
+    if args.cpu_offload and kind != "cuda":
+        raise UsageError("--cpu_offload needs a CUDA GPU: leave it out.")
+
+
+@dataclass
+class Plan:
+    """What is sampled, decided from the flags and the distillation.json files alone, before any model loads."""
+
+    model: str  # the student's pipeline (with a LoRA: the one that it goes on)
+    teacher: str  # the baseline's pipeline
+    contract: dict  # distillation.json of the student; {} where there is none
+    scheduler_from: str  # "lora", "pipeline" or "flag"
+    steps: list
+    guidance_scale: float
+    teacher_guidance_scale: float
+
+
+@dataclass
+class Configuration:
+    name: str
+    role: str  # baseline, undistilled or student
+    steps: int
+    guidance_scale: float
+    scheduler: object
+    timesteps: list
+
+
+def make_plan(args):
+    """The Plan of these arguments; prints where scheduler and guidance come from. Raises UsageError."""
+    lora = args.lora_path
+    ours = lora is not None and check_lora_path(lora)
+    contract = read_contract(lora) if ours else {}
+    model = args.pretrained_model_name_or_path or (resolve_parent(contract, lora) if ours else str(TINY_SD))
+    if lora is None:
+        contract = read_contract(model)
+    teacher = model
+    if lora is None and contract.get("parent"):
+        teacher = resolve_parent(contract, model) if args.compare_baseline else contract["parent"]
+    distilled = bool(contract.get("steps"))
+    if distilled and args.scheduler:
+        raise UsageError(f"--scheduler {args.scheduler}: these weights came with theirs; leave the flag out.")
+    scheduler_from = "lora" if ours else "flag" if lora or args.scheduler else "pipeline"
+    steps = list(dict.fromkeys(args.steps or [contract["steps"] if distilled else 4 if lora else 50]))
+    for count in steps + [args.baseline_steps] * args.compare_baseline:
+        if args.init_image and int(count * args.strength) == 0:
+            raise UsageError(f"{count} steps at --strength {args.strength:g} leave none to run: raise one of them.")
+        if count > 1000:
+            raise UsageError(f"{count} steps are more than the 1000 timesteps of the model.")
+
+    guidance_scale, why = guidance(contract, args.guidance_scale, "--guidance_scale", bool(lora) and not ours)
+    teacher_scale, _ = guidance(read_contract(teacher), args.baseline_guidance_scale, "--baseline_guidance_scale")
+    if args.negative_prompt and max(guidance_scale, teacher_scale if args.compare_baseline else 0) <= 1:
+        raise UsageError("--negative_prompt has no effect on weights that run without guidance: leave it out.")
+    named = f"{args.scheduler or 'lcm'}, " + ("from --scheduler" if args.scheduler else "the default")
+    source = {"lora": f"saved with {lora}", "pipeline": f"saved with {model}", "flag": f"{named}, trailing timesteps"}
+    if ours and Path(model).name != Path(str(contract.get("parent"))).name:
+        print(f"Note: the LoRA was made from {contract.get('parent')} and is used on {model}.")
+    print(f"Scheduler: {source[scheduler_from]}.\nGuidance: {why}.", flush=True)
+    return Plan(model, teacher, contract, scheduler_from, steps, guidance_scale, teacher_scale)
+
+
+def check_lora_path(path):
+    """Whether the LoRA is one of ours (a folder with distillation.json); UsageError where there is no LoRA."""
+    where, folder = f"--lora_path {path}", Path(path)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")) or folder.name.startswith("checkpoint-"):
+            finals = [str(f) for f in (folder / "final", folder.parent / "final") if f.is_dir()]
+            hint = f" (did you mean {finals[0]}?)" if finals else ""
+            raise UsageError(f"{where}: the folder holds no LoRA to load{hint}.")
+        if not (folder / "distillation.json").is_file():
+            return False
+        for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"):
+            if not (folder / name).is_file():
+                raise UsageError(f"{where}: {name} is missing beside distillation.json.")
+        return True
+    if folder.is_file():
+        if folder.suffix != ".safetensors":
+            raise UsageError(f"{where}: only .safetensors files are loaded.")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+        raise UsageError(f"{where}: there is no such file or folder, and it is not a hub id (owner/name) either.")
+    return False
+
+
+def read_contract(path):
+    """distillation.json of a pipeline or LoRA folder; an ordinary teacher's where there is none."""
+    try:
+        return read_distillation(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{Path(path) / 'distillation.json'} can't be read ({error}).") from None
+
+
+def resolve_parent(contract, path):
+    """The pipeline that a student was made from: as recorded, or the embedded tiny-sd of this checkout."""
+    parent = str(contract.get("parent"))
+    if not Path(parent).exists() and Path(parent).name == TINY_SD.name:
+        return str(TINY_SD)
+    if not Path(parent).exists() and (Path(parent).is_absolute() or parent.count("/") != 1):
+        raise UsageError(f"{path} was made from {parent}, which is not here: give --pretrained_model_name_or_path.")
+    return parent
+
+
+def guidance(contract, given, flag, outside=False):
+    """(guidance_scale of the pipeline call, where it comes from) for weights with this distillation.json."""
+    if outside:
+        scale = 1.0 if given is None else given
+        return scale, f"{scale:g}, from {flag}" if given is not None else "1, the default for an outside LoRA"
+    if contract["guidance"] == "baked":
+        if given is not None and given > 1:
+            raise UsageError(f"{flag} {given:g}: these weights have guidance baked in and would be guided twice.")
+        return 1.0, "baked into the weights, so guidance_scale 1 and one UNet pass a step"
+    scale = contract.get("guidance_scale", 7.5) if given is None else given
+    kind = "an input of the UNet, one pass a step" if contract["guidance"] == "embedded" else "classifier-free"
+    return scale, f"{scale:g} ({kind}), " + ("as saved, or 7.5" if given is None else f"from {flag}")
+
+
+def read_prompts(args, plan):
+    """The prompts of --prompt, --held_out_captions or --prompts_file, else of the file that suits the model."""
+    if args.prompt:
+        prompts, where = args.prompt, "--prompt"
+    elif args.held_out_captions:
+        prompts, where = shapes.held_out_captions(args.held_out_captions), "--held_out_captions"
+        if len(prompts) < args.held_out_captions:
+            raise UsageError(f"--held_out_captions {args.held_out_captions}: there are {len(prompts)}.")
+    else:
+        ancestors = [plan.model]  # tiny-sd, or made from it at some remove?
+        while (parent := read_contract(ancestors[-1]).get("parent")) and parent not in ancestors:
+            ancestors.append(parent)
+        tiny = TINY_SD.name in [Path(path).name for path in ancestors]
+        path = Path(args.prompts_file or PROMPTS / ("shapes20.txt" if tiny else "coco20.txt"))
+        where = f"--prompts_file {path}"
+        try:
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                entries = json.loads(text)
+                prompts = [entries[i]["text"] for i in range(len(entries))]  # a dict has no entry 0
+            else:
+                prompts = text.splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{where} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from None
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{where} is not a JSON list of {{'text': ...}}.") from None
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise UsageError(f"{where} has no prompt in it.")
+    return prompts
+
+
+def load_model(path, args, lora=None):
+    """The pipeline, image-to-image where asked, with the LoRA if any, on the device in the asked precision."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    pipeline = load_pipeline(path, dtype)
+    xl = is_sdxl(pipeline)
+    if args.init_image:
+        kind = StableDiffusionXLImg2ImgPipeline if xl else StableDiffusionImg2ImgPipeline
+        pipeline = kind.from_pipe(pipeline, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+    if xl and dtype == torch.float16:
+        pipeline.vae.to(dtype=torch.float32)  # SDXL's VAE overflows in half precision
+    if lora:
+        load_lora(pipeline, lora, args)
+    if args.attention_slicing:
+        pipeline.enable_attention_slicing()
+    if args.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.torch_compile:
+        pipeline.unet.compile()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=args.device)
+    else:
+        pipeline.to(args.device)
+    return pipeline
+
+
+def load_lora(pipeline, path, args):
+    """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
+    try:
+        pipeline.load_lora_weights(path, adapter_name="student")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UsageError(f"--lora_path {path}: it does not load on this pipeline ({first})") from None
+    config = getattr(pipeline.unet, "peft_config", {}).get("student")
+    if config is None:
+        raise UsageError(f"--lora_path {path}: it has no weights for this pipeline's UNet.")
+    print(f"LoRA: rank {config.r}, alpha {config.lora_alpha:g}, --lora_scale {args.lora_scale:g}.", flush=True)
+    pipeline.set_adapters(["student"], [args.lora_scale])
+    if args.fuse_lora:
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+
+
+def student_configurations(args, plan, pipeline):
+    """One Configuration per step count of the student, with the scheduler that belongs to its weights."""
+    saved, trained = pipeline.scheduler, plan.contract.get("steps")
+    if plan.scheduler_from == "lora":
+        folder = Path(args.lora_path) / "scheduler"
+        kind = getattr(diffusers, json.loads((folder / "scheduler_config.json").read_text())["_class_name"])
+        saved = kind.from_pretrained(folder)
+    found = []
+    for steps in plan.steps:
+        scheduler = saved
+        if plan.scheduler_from == "flag":
+            scheduler = student_scheduler(saved, "next" if args.scheduler == "ddim" else "x0", steps)
+        elif plan.contract.get("target") == "next" and steps != trained:
+            scheduler = ddim_scheduler(saved, steps)  # the one that was saved is right for the trained count alone
+        timesteps = list_timesteps(scheduler, steps)
+        note = "" if trained in (None, steps) else f" (trained for {trained} steps: {plan.contract.get('timesteps')})"
+        shown = timesteps if len(timesteps) <= 16 else f"{timesteps[:3]} ... {timesteps[-1]}"
+        print(f"Timesteps: {steps} steps of {type(scheduler).__name__} at {shown}{note}.", flush=True)
+        name = "student" if args.lora_path or trained else "model"
+        guided = f" w={plan.guidance_scale:g}" if plan.guidance_scale > 1 else ""
+        found.append(Configuration(f"{name} {steps} steps{guided}", "student", steps, plan.guidance_scale, scheduler,
+                                   timesteps))  # fmt: skip
+    return found
+
+
+def teacher_configurations(args, plan, pipeline):
+    """The baseline, and the undistilled teacher at each of --steps: trailing DDIM at the teacher's guidance."""
+    found, scale = [], plan.teacher_guidance_scale
+    for role, steps in [("baseline", args.baseline_steps), *(("undistilled", steps) for steps in plan.steps)]:
+        scheduler = ddim_scheduler(pipeline.scheduler, steps)
+        note = " (undistilled)" if role == "undistilled" else ""
+        found.append(Configuration(f"teacher {steps} steps w={scale:g}{note}", role, steps, scale, scheduler,
+                                   list_timesteps(scheduler, steps)))  # fmt: skip
+    return found
+
+
+def list_timesteps(scheduler, steps):
+    copy = type(scheduler).from_config(scheduler.config)
+    try:
+        copy.set_timesteps(steps)
+    except ValueError as error:
+        raise UsageError(f"--steps {steps}: {type(scheduler).__name__} refuses it ({str(error)[:200]})") from None
+    return [int(t) for t in copy.timesteps]
+
+
+@torch.no_grad()
+def generate(pipeline, configuration, prompts, init_image, args):
+    """All images of a configuration, timed. Returns a dict: images (PIL), files, seconds with and without decode."""
+    jobs = [(i, j) for i in range(len(prompts)) for j in range(args.num_images)]
+    batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
+    cuda = torch.device(args.device).type == "cuda"
+    pipeline.scheduler = configuration.scheduler
+    start_from = {"height": args.resolution, "width": args.resolution}
+    if init_image is not None:
+        start_from = {"image": ImageOps.fit(init_image, (args.resolution,) * 2), "strength": args.strength}
+
+    def now():
+        if cuda:
+            torch.cuda.synchronize(args.device)
+        return time.perf_counter()
+
+    def run(batch, steps):
+        began = now()
+        latents = pipeline(
+            prompt=[prompts[i] for i, _ in batch], num_inference_steps=steps, output_type="latent",
+            negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
+            guidance_scale=configuration.guidance_scale,
+            generator=[sample_generator(args.seed, i, j) for i, j in batch], **start_from).images  # fmt: skip
+        sampled = now()
+        pixels = decode_latents(pipeline.vae, latents.to(pipeline.vae.dtype))
+        return pixels, sampled - began, now() - began
+
+    for size in {len(batch) for batch in batches}:  # the warm-up: every batch size, few steps where that is possible
+        run(jobs[:size], configuration.steps if init_image is not None else min(2, configuration.steps))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(args.device)
+    limit = (len(jobs) if len(jobs) <= 200 else 64) if args.save_images is None else args.save_images
+    folder = Path(args.outdir) / "images" / slug(configuration.name)
+    made = {"images": [], "files": [], "seconds_per_image": [], "seconds_per_image_without_decode": []}
+    with tqdm(total=len(jobs), desc=configuration.name, unit="image") as bar:
+        for batch in batches:
+            pixels, without_decode, total = run(batch, configuration.steps)
+            images = pipeline.image_processor.postprocess(pixels, output_type="pil")
+            made["seconds_per_image"] += [total / len(batch)] * len(batch)
+            made["seconds_per_image_without_decode"] += [without_decode / len(batch)] * len(batch)
+            for image, (i, j) in zip(images, batch):
+                if len(made["files"]) < limit:
+                    file = folder / f"{i:04d}_{slug(prompts[i])[:40]}_{j}.png"
+                    folder.mkdir(parents=True, exist_ok=True)
+                    image.save(file)
+                    made["files"].append(str(file.relative_to(args.outdir)))
+            made["images"] += images
+            bar.update(len(batch))
+    if cuda:
+        made["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+    else:  # Linux counts in KiB, macOS in bytes
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        made["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    made["peak_memory_kind"] = "CUDA allocated" if cuda else "peak RSS of the process so far"
+    return made
+
+
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "prompt"
+
+
+def load_judges(args, plan, prompts):
+    """(CLIP, scene reader, real features for the Fréchet distance), each None where it can't be had; it says why."""
+    drawn = all(shapes.scene_of(prompt) for prompt in prompts)
+    clip, reader, real = args.clip_model or (str(TINY_SD.parent / "tiny-clip") if drawn else "none"), None, None
+    try:
+        if clip == "none":
+            raise ValueError("--clip_model names a judge, such as openai/clip-vit-base-patch32.")
+        clip = metrics.ClipJudge(clip, args.device)
+    except ValueError as error:
+        print(f"No CLIP figures: {error}", flush=True)
+        clip = None
+    if drawn and (Path(args.reader) / "config.json").is_file():
+        reader = metrics.SceneReader.from_pretrained(args.reader).to(args.device)
+    elif drawn:
+        print(f"No scene accuracy: there is no reader in {args.reader}.", flush=True)
+    if clip and args.held_out_captions and len(prompts) * args.num_images >= MIN_FRECHET_IMAGES:
+        real = metrics.shapes_real_features(clip)
+    return clip, reader, real
+
+
+def judged(images, captions, clip, reader, real):
+    """judge_images on the pixels that the PNG files hold; without a CLIP the reader judges alone."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    if clip is not None:
+        return metrics.judge_images(pixels, captions, clip, reader, real)
+    if reader is None:
+        return {"per_image": {}}
+    right = metrics.scene_accuracy(reader, pixels, captions).tolist()
+    return {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+
+
+def rows_of(configuration, made, figures, prompts, num_images, batch_size):
+    """Result rows of one configuration: the "all" row first, then one per prompt; ratios come in `add_ratios`."""
+    per_image = {name: np.asarray(values, float) for name, values in figures["per_image"].items()}
+    for name in ("seconds_per_image", "seconds_per_image_without_decode"):
+        per_image[name] = np.asarray(made[name])
+    rows = []
+    for index, prompt in [("", "all"), *enumerate(prompts)]:
+        chosen = slice(None) if index == "" else slice(index * num_images, (index + 1) * num_images)
+        row = {"configuration": configuration.name, "role": configuration.role, "steps": configuration.steps,
+               "guidance_scale": configuration.guidance_scale, "prompt_index": index, "prompt": prompt,
+               "images": len(per_image["seconds_per_image"][chosen]), "batch_size": batch_size,
+               **{name: float(values[chosen].mean()) for name, values in per_image.items()},
+               "peak_memory_mib": made["peak_memory_mib"], "peak_memory_kind": made["peak_memory_kind"]}  # fmt: skip
+        rows.append(row)
+    for name in METRICS:
+        if name in figures:
+            rows[0][name], rows[0][f"{name}_low"], rows[0][f"{name}_high"] = figures[name]
+    if "frechet" in figures:
+        rows[0]["frechet_clip"] = figures["frechet"]
+    return rows
+
+
+def add_ratios(runs):
+    """speedup and retention of every row, against the baseline's row of the same prompt (where there is one)."""
+    baseline = next((rows for configuration, rows, _ in runs if configuration.role == "baseline"), None)
+    for _, rows, _ in runs:
+        for row, base in zip(rows, baseline or []):
+            for suffix in ("", "_without_decode"):
+                row[f"speedup{suffix}"] = base[f"seconds_per_image{suffix}"] / row[f"seconds_per_image{suffix}"]
+            for name in METRICS:
+                if base.get(name):
+                    row[f"{name}_retention"] = row[name] / base[name]
+
+
+COLUMNS = (
+    "configuration", "role", "steps", "guidance_scale", "prompt_index", "prompt", "images", "batch_size",
+    "seconds_per_image", "seconds_per_image_without_decode", "speedup", "speedup_without_decode",
+    *(f"{name}{suffix}" for name in METRICS for suffix in ("", "_low", "_high", "_retention")),
+    "frechet_clip", "peak_memory_mib", "peak_memory_kind",
+)  # fmt: skip
+
+
+def write_results(args, plan, runs):
+    """results.csv and results.json of the finished configurations, each replaced in one go."""
+    outdir = Path(args.outdir)
+    with open(outdir / ".results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for _, rows, _ in runs for row in rows)
+    os.replace(outdir / ".results.csv", outdir / "results.csv")
+    device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else args.device
+    report = {
+        "command": shlex.join([sys.executable, *sys.argv]), "model": plan.model, "lora": args.lora_path,
+        "teacher": plan.teacher, "device": device, "threads": torch.get_num_threads(), "dtype": args.dtype,
+        "seed": args.seed, "batch_size": args.batch_size, "resolution": args.resolution,
+        "num_images": args.num_images, "clip_model": args.clip_model, "negative_prompt": args.negative_prompt,
+        "init_image": args.init_image, "strength": args.strength if args.init_image else None,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "configurations": [
+            {**rows[0], "scheduler": type(configuration.scheduler).__name__, "timesteps": configuration.timesteps,
+             "files": made["files"], "per_prompt": rows[1:]} for configuration, rows, made in runs],
+    }  # fmt: skip
+    (outdir / ".results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(outdir / ".results.json", outdir / "results.json")
+
+
+def print_table(runs):
+    """The "all" rows as aligned text; a column that no configuration has is left out."""
+
+    def shown(row, name, digits):
+        if name not in row:
+            return ""
+        low = f" [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]" if f"{name}_low" in row else ""
+        return f"{row[name]:.{digits}f}{low}"
+
+    head, lines = ["configuration", "ms/image", "no decode", "speed-up", "no decode"], []
+    head += ["CLIP", "kept", "R-precision", "kept", "scene accuracy", "kept", "Fréchet (CLIP)", "peak MiB"]
+    for _, (row, *_), _ in runs:
+        times = [f"{1000 * row[n]:.1f}" for n in ("seconds_per_image", "seconds_per_image_without_decode")]
+        speed = [f"{row[n]:.1f}x" if n in row else "" for n in ("speedup", "speedup_without_decode")]
+        quality = []
+        for name, digits in zip(METRICS, (1, 3, 3)):
+            kept = f"{row[f'{name}_retention']:.1%}" if f"{name}_retention" in row else ""
+            quality += [shown(row, name, digits), kept]
+        lines.append([row["configuration"], *times, *speed, *quality, shown(row, "frechet_clip", 2),
+                      f"{row['peak_memory_mib']:.0f}"])  # fmt: skip
+    columns = [column for column in zip(head, *lines) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for cells in zip(*columns):
+        print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip())
+
+
+def write_grids(args, runs, prompts):
+    """grid_steps.png of the student, grid_comparison.png of everything, by step count."""
+    order = {"baseline": 0, "undistilled": 1, "student": 2}
+    runs = sorted(runs, key=lambda run: (run[0].role != "baseline", run[0].steps, order[run[0].role]))
+    students = [run for run in runs if run[0].role == "student"]
+    for name, chosen in (("grid_steps.png", students), ("grid_comparison.png", runs if args.compare_baseline else [])):
+        if chosen:
+            pictures = [list(row) for row in zip(*(made["shown"] for _, _, made in chosen))]
+            labels = [f"{c.role} {c.steps}" for c, _, _ in chosen]
+            image_grid(pictures, prompts[:GRID_PROMPTS], labels).save(Path(args.outdir) / name)
+
+
+def main(args):
+    check_arguments(args)
+    plan = make_plan(args)
+    prompts = read_prompts(args, plan)
+    init_image = None
+    if args.init_image:
+        try:
+            init_image = Image.open(args.init_image).convert("RGB")
+        except OSError:
+            raise UsageError(f"--init_image {args.init_image}: there is no image that can be read.") from None
+    clip, reader, real = load_judges(args, plan, prompts)
+    Path(args.outdir).mkdir(parents=True, exist_ok=True)
+    captions = [prompt for prompt in prompts for _ in range(args.num_images)]
+    runs = []  # (Configuration, rows, what was made), the teacher's first
+    # The student first: what it lacks shows before the long baseline runs, and its peak memory is its own.
+    stages = [(plan.model, args.lora_path, student_configurations)]
+    if args.compare_baseline:
+        stages.append((plan.teacher, None, teacher_configurations))
+    try:
+        for path, lora, configurations in stages:
+            pipeline = load_model(path, args, lora)
+            args.resolution = args.resolution or native_resolution(pipeline)
+            teachers = []
+            for configuration in configurations(args, plan, pipeline):
+                made = generate(pipeline, configuration, prompts, init_image, args)
+                figures = judged(made["images"], captions, clip, reader, real)
+                rows = rows_of(configuration, made, figures, prompts, args.num_images, args.batch_size)
+                made["shown"] = made.pop("images")[: GRID_PROMPTS * args.num_images : args.num_images]
+                (runs if configuration.role == "student" else teachers).append((configuration, rows, made))
+                add_ratios(teachers + runs)
+                write_results(args, plan, teachers + runs)
+            runs = teachers + runs
+            del pipeline
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: {args.outdir} holds what was finished.", file=sys.stderr, flush=True)
+        sys.exit(130)
+    write_grids(args, runs, prompts)
+    print_table(runs)
+    print(f"Images, grids, results.csv and results.json are in {args.outdir}.", flush=True)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    arguments.run_script(main, args)

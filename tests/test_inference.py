@@ -1,0 +1,292 @@
+"""inference.py on a tiny pipeline and LoRA of random weights: one real launch, stock diffusers, user's mistakes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
+import inference
+import prepare_tiny_sd
+from common import shapes
+from common.arguments import UsageError
+from common.data import sample_generator
+from common.diffusion import student_scheduler, student_timesteps
+from common.metrics import SceneReader
+from common.validation import write_distillation
+
+ROOT = Path(inference.__file__).parent
+PROMPTS = shapes.held_out_captions(2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """tiny-sd's architecture, a LoRA as train_flash_lora.save_final writes it, and the judges: random weights."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = prepare_tiny_sd.build_tokenizer()
+    vae = prepare_tiny_sd.VaeObjective().model.to(memory_format=torch.contiguous_format)
+    pipeline = prepare_tiny_sd.build_pipeline(prepare_tiny_sd.UNetObjective(tokenizer, vae), vae)
+    pipeline.save_pretrained(root / "tiny-sd")
+    write_distillation(root / "tiny-sd", guidance="cfg", guidance_scale=3.0)
+    prepare_tiny_sd.ClipObjective(tokenizer).model.save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    SceneReader(8).save_pretrained(root / "reader")
+
+    unet = pipeline.unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=16, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    type(pipeline).save_lora_weights(
+        root / "final", unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+    scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
+    scheduler.save_pretrained(root / "final/scheduler")
+    write_distillation(
+        root / "final", method="flash_lora", parent=str(root / "tiny-sd"), steps=2,
+        timesteps=student_timesteps(scheduler, 2), guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+    Image.new("RGB", (40, 50), "orange").save(root / "init.png")
+    return root
+
+
+def run(folders, outdir, *flags):
+    """inference.py in this process."""
+    defaults = ["--clip_model", "none", "--reader", "none", "--outdir", str(outdir), "--device", "cpu"]
+    inference.main(inference.parse_args([*defaults, *map(str, flags)]))
+    return json.loads((Path(outdir) / "results.json").read_text())["configurations"]
+
+
+@pytest.fixture(scope="module")
+def launched(folders, tmp_path_factory):
+    """One launch of the script: student and undistilled teacher at 1 and 2 steps, baseline at 3."""
+    outdir = tmp_path_factory.mktemp("launch") / "out"
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "inference.py"), "--lora_path", str(folders / "final"), "--prompt", *PROMPTS,
+         "--steps", "1", "2", "--num_images", "2", "--compare_baseline", "--baseline_steps", "3", "--seed", "5",
+         "--clip_model", str(folders / "clip"), "--reader", str(folders / "reader"), "--outdir", str(outdir),
+         "--device", "cpu"],
+        capture_output=True, text=True, cwd=outdir.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return outdir, result.stdout
+
+
+NAMES = ["teacher 3 steps w=3", "teacher 1 steps w=3 (undistilled)", "teacher 2 steps w=3 (undistilled)",
+         "student 1 steps", "student 2 steps"]  # fmt: skip
+
+
+def images_of(outdir, configuration):
+    files = sorted((outdir / "images" / inference.slug(configuration)).iterdir())
+    return np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+def test_files_of_a_launch(launched):
+    outdir, stdout = launched
+    assert {path.name for path in outdir.iterdir()} == {
+        "images", "grid_steps.png", "grid_comparison.png", "results.csv", "results.json"}  # fmt: skip
+    assert {path.name for path in (outdir / "images").iterdir()} == {inference.slug(name) for name in NAMES}
+    for name in NAMES:
+        assert images_of(outdir, name).shape == (4, 32, 32, 3)
+    steps, comparison = (Image.open(outdir / f"grid_{name}.png") for name in ("steps", "comparison"))
+    assert comparison.height == steps.height and comparison.width == steps.width + 3 * 100
+    # It says where scheduler, timesteps and guidance come from, and prints the table.
+    assert "Scheduler: saved with" in stdout and "alpha 16" in stdout and "guidance_scale 1" in stdout
+    assert "1 steps of LCMScheduler at [999] (trained for 2 steps: [999, 499])" in stdout
+    table = stdout[stdout.index("configuration  ") :]
+    assert [line for name in NAMES for line in table.splitlines() if line.startswith(name + "  ")]
+    assert "Traceback" not in stdout
+
+
+def test_csv_and_json_of_a_launch(launched):
+    outdir, _ = launched
+    with open(outdir / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["configuration"], r["prompt"]) for r in rows] == [(n, p) for n in NAMES for p in ["all", *PROMPTS]]
+    assert list(rows[0]) == list(inference.COLUMNS)
+    for row in rows:
+        whole = row["prompt"] == "all"
+        assert row["images"] == ("4" if whole else "2") and row["batch_size"] == "64"
+        assert 0 < float(row["seconds_per_image_without_decode"]) < float(row["seconds_per_image"])
+        assert float(row["speedup"]) > 0 and float(row["peak_memory_mib"]) > 0 and "RSS" in row["peak_memory_kind"]
+        assert 0 <= float(row["clip_score"]) <= 100 and 0 <= float(row["scene_accuracy"]) <= 1
+        assert bool(row["clip_score_low"]) == whole and row["frechet_clip"] == ""
+        base = next(r for r in rows if r["role"] == "baseline" and r["prompt"] == row["prompt"])
+        assert float(row["speedup"]) == pytest.approx(
+            float(base["seconds_per_image"]) / float(row["seconds_per_image"])
+        )
+        if float(base["clip_score"]):
+            kept = float(row["clip_score"]) / float(base["clip_score"])
+            assert float(row["clip_score_retention"]) == pytest.approx(kept)
+    report = json.loads((outdir / "results.json").read_text())
+    assert report["seed"] == 5 and "torch" in report["versions"] and report["resolution"] == 32
+    assert [entry["configuration"] for entry in report["configurations"]] == NAMES
+    assert report["configurations"][2]["timesteps"] == [999, 499] and report["configurations"][-1]["steps"] == 2
+    for entry, row in zip(report["configurations"], rows[::3]):
+        assert entry["seconds_per_image"] == float(row["seconds_per_image"]) and len(entry["per_prompt"]) == 2
+        assert len(entry["files"]) == 4 and all((outdir / file).is_file() for file in entry["files"])
+
+
+def test_student_is_not_the_teacher(launched):
+    for steps in (1, 2):
+        teacher = images_of(launched[0], f"teacher {steps} steps w=3 (undistilled)")
+        assert not np.array_equal(teacher, images_of(launched[0], f"student {steps} steps"))
+    first = images_of(launched[0], "student 2 steps")
+    assert len(np.unique(first.reshape(4, -1), axis=0)) == 4
+
+
+def test_student_images_are_those_of_stock_diffusers(launched, folders):
+    pipeline = DiffusionPipeline.from_pretrained(folders / "tiny-sd")
+    pipeline.load_lora_weights(folders / "final")
+    pipeline.scheduler = LCMScheduler.from_pretrained(folders / "final", subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+    for steps in (1, 2):
+        generators = [sample_generator(5, i, j) for i in range(2) for j in range(2)]
+        stock = pipeline(prompts, num_inference_steps=steps, guidance_scale=1, generator=generators).images
+        assert np.array_equal(images_of(launched[0], f"student {steps} steps"), np.stack(stock))
+
+
+def test_batches_scale_and_second_run(folders, tmp_path):
+    flags = ["--lora_path", folders / "final", "--prompt", *PROMPTS, "one more"]
+    (whole,) = run(folders, tmp_path, *flags)
+    assert whole["configuration"] == "student 2 steps" and "clip_score" not in whole and "speedup" not in whole
+    kept = images_of(tmp_path, "student 2 steps")
+    (again,) = run(folders, tmp_path, *flags, "--batch_size", 2, "--save_images", 2)  # over the first
+    assert len(again["files"]) == 2 and again["batch_size"] == 2
+    assert np.abs(images_of(tmp_path, "student 2 steps").astype(int) - kept).max() <= 1
+    memory = ["--attention_slicing", "--vae_slicing", "--vae_tiling"]
+    run(folders, tmp_path / "memory", *flags, *memory)
+    assert np.abs(images_of(tmp_path / "memory", "student 2 steps").astype(int) - kept).max() <= 1
+    run(folders, tmp_path / "off", *flags, "--lora_scale", 0)
+    assert not np.array_equal(images_of(tmp_path / "off", "student 2 steps"), kept)
+    run(folders, tmp_path / "fused", *flags, "--fuse_lora")
+    assert np.abs(images_of(tmp_path / "fused", "student 2 steps").astype(int) - kept).max() <= 2
+
+
+def test_image_to_image(folders, tmp_path):
+    captions = tmp_path / "captions.json"
+    flags = ["--lora_path", folders / "final/pytorch_lora_weights.safetensors", "--prompts_file", captions,
+             "--steps", 2, "--pretrained_model_name_or_path", folders / "tiny-sd"]  # fmt: skip
+    captions.write_text(json.dumps([{"text": prompt} for prompt in PROMPTS]))
+    run(folders, tmp_path / "without", *flags)
+    baseline = ["--compare_baseline", "--baseline_steps", 2, "--negative_prompt", "blur", "--dtype", "bf16"]
+    start = ["--init_image", folders / "init.png", "--strength", 0.5]
+    *teachers, row = run(folders, tmp_path / "with", *flags, *baseline, *start)
+    assert [teacher["role"] for teacher in teachers] == ["baseline", "undistilled"]
+    assert row["scheduler"] == "LCMScheduler" and row["timesteps"] == [999, 499]
+    one, other = images_of(tmp_path / "with", "student 2 steps"), images_of(tmp_path / "without", "student 2 steps")
+    assert one.shape == other.shape and not np.array_equal(one, other)
+
+
+def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatch):
+    real_features = inference.metrics.shapes_real_features
+    monkeypatch.setattr(inference, "MIN_FRECHET_IMAGES", 4)
+    monkeypatch.setattr(inference.metrics, "shapes_real_features", lambda clip: real_features(clip, count=8))
+    (row,) = run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "tiny-sd", "--steps", 1,
+                 "--held_out_captions", 4, "--clip_model", folders / "clip", "--guidance_scale", 2)  # fmt: skip
+    assert row["configuration"] == "model 1 steps w=2" and row["frechet_clip"] > 0 and row["images"] == 4
+
+
+@pytest.fixture(scope="module")
+def baked(folders):
+    """A whole pipeline with its guidance baked in, for 2 steps of target `next`."""
+    path = folders / "baked"
+    path.mkdir()
+    for entry in (folders / "tiny-sd").iterdir():
+        (path / entry.name).symlink_to(entry)
+    (path / "distillation.json").unlink()
+    write_distillation(path, guidance="baked", guidance_scale=1.0, steps=2, timesteps=[999, 499], target="next",
+                       parent=str(folders / "tiny-sd"))  # fmt: skip
+    return path
+
+
+def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
+    rows = run(folders, tmp_path, "--pretrained_model_name_or_path", baked, "--prompt", PROMPTS[0], "--steps", 3,
+               "--compare_baseline", "--baseline_steps", 2)  # fmt: skip
+    assert [row["configuration"] for row in rows] == [
+        "teacher 2 steps w=3", "teacher 3 steps w=3 (undistilled)", "student 3 steps"]  # fmt: skip
+    # 3 does not divide 1000: the first-order twin of DDIM takes its place.
+    assert [row["scheduler"] for row in rows] == ["DDIMScheduler", *["DPMSolverMultistepScheduler"] * 2]
+    assert rows[-1]["timesteps"] == rows[1]["timesteps"] and rows[-1]["guidance_scale"] == 1
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--lora_path", "{models}/nowhere/final"], "no such file"),
+    (["--lora_path", "{models}"], "holds no LoRA to load (did you mean"),
+    (["--lora_path", "{models}/init.png"], ".safetensors"),
+    (["--lora_path", "{models}/final", "--scheduler", "ddim"], "leave the flag out"),
+    (["--lora_path", "{models}/final", "--guidance_scale", "3"], "guided twice"),
+    (["--pretrained_model_name_or_path", "{baked}", "--guidance_scale", "2"], "guided twice"),
+    (["--lora_path", "{models}/final", "--negative_prompt", "blur"], "--negative_prompt"),
+    (["--lora_path", "{models}/final", "--prompts_file", "{models}/none.txt"], "none.txt can't be read"),
+    (["--lora_path", "{models}/final", "--prompts_file", "{models}/empty.txt"], "has no prompt"),
+    (["--lora_path", "{models}/final", "--prompts_file", "{models}/final/distillation.json"], "not a JSON list"),
+    (["--lora_path", "{models}/final", "--init_image", "{models}/none.png"], "none.png"),
+    (["--lora_path", "{models}/final", "--strength", "0.5"], "--init_image"),
+    (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "1.5"], "--strength 1.5"),
+    (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "0.4"], "leave none to run"),
+    (["--lora_path", "{models}/final", "--steps", "2000"], "1000 timesteps"),
+    (["--pretrained_model_name_or_path", "{models}/nowhere"], "no such folder"),
+    (["--pretrained_model_name_or_path", "{models}/clip"], "model_index.json"),
+    (["--held_out_captions", "2001"], "2000"),
+    (["--lora_scale", "0.5"], "--lora_path"),
+    (["--resolution", "33"], "multiple of 8"),
+    (["--device", "warp"], "no such device"),
+    (["--dtype", "fp16"], "needs a GPU"),
+    (["--cpu_offload"], "needs a CUDA GPU"),
+    (["--seed", "-1"], "negative"),
+    (["--outdir", "{models}/init.png"], "not a folder"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, flags, sentence):
+    (folders / "empty.txt").write_text("\n \n")
+    flags = [flag.format(models=folders, baked=baked) for flag in flags]
+    before = ["--device", "cpu", "--outdir", str(tmp_path), "--clip_model", "none", "--reader", "none"]
+    args = inference.parse_args([*before, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        inference.arguments.run_script(inference.main, args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_lora_of_another_model_is_refused(folders, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    inference_weights = {"unet.nothing.to_q.lora_A.weight": torch.zeros(2, 8), "unet.nothing.to_q.lora_B.weight":
+                         torch.zeros(8, 2)}  # fmt: skip
+    from safetensors.torch import save_file
+
+    save_file(inference_weights, path)
+    with pytest.raises(UsageError, match="--lora_path"):
+        run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "tiny-sd", "--lora_path", path)
+
+
+def test_interruption_keeps_what_was_finished(folders, tmp_path, monkeypatch):
+    generate = inference.generate
+
+    def interrupted(pipeline, configuration, *rest):
+        if configuration.steps == 2:
+            raise KeyboardInterrupt
+        return generate(pipeline, configuration, *rest)
+
+    monkeypatch.setattr(inference, "generate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(folders, tmp_path, "--lora_path", folders / "final", "--prompt", PROMPTS[0], "--steps", 1, 2)
+    assert stopped.value.code == 130
+    assert len(json.loads((tmp_path / "results.json").read_text())["configurations"]) == 1
+
+
+def test_default_prompts_and_outside_defaults(folders):
+    assert (ROOT / "prompts/shapes20.txt").read_text().splitlines() == shapes.held_out_captions(20)
+    assert len(set((ROOT / "prompts/coco20.txt").read_text().splitlines())) == 20
+    args = inference.parse_args(["--lora_path", "jasperai/flash-sd", "--pretrained_model_name_or_path", "some/sd15"])
+    inference.check_arguments(args)
+    plan = inference.make_plan(args)
+    assert (plan.scheduler_from, plan.steps, plan.guidance_scale) == ("flag", [4], 1.0)
+    assert inference.read_prompts(args, plan)[0].startswith("A brown dog")
+    args = inference.parse_args(["--lora_path", str(folders / "final")])
+    assert inference.read_prompts(args, inference.make_plan(args)) == shapes.held_out_captions(20)
