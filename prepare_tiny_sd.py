@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,7 +33,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from common import shapes
 from common.data import sample_generator
-from common.metrics import SceneReader, scenes_right
+from common.diffusion import student_timesteps
+from common.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy, shapes_real_features
+from common.models import load_pipeline, read_distillation
+from common.validation import write_distillation
 
 PARTS = ("reader", "clip", "vae", "unet", "pipeline", "report")
 MAX_TOKENS = 20
@@ -45,7 +47,7 @@ def parse_args():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--output_dir", default="assets")
     parser.add_argument("--work_dir", default="outputs/tiny_sd", help="checkpoints and sample grids")
-    parser.add_argument("--reader_steps", type=int, default=2500)
+    parser.add_argument("--reader_steps", type=int, default=2000)
     parser.add_argument("--clip_steps", type=int, default=4000)
     parser.add_argument("--vae_steps", type=int, default=4250)
     parser.add_argument("--unet_steps", type=int, default=7000)
@@ -61,25 +63,20 @@ def build_tokenizer():
     symbols = list(bytes_to_unicode().values())
     vocab = symbols + [symbol + "</w>" for symbol in symbols]
     words = {word for scene in shapes.held_out_scenes() for word in shapes.caption_of(scene).split()}
-    merges = []
+    ranks = {}  # of merges: a pair of pieces to its priority
     for word in sorted(words):
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
-            pieces[:2] = [pieces[0] + pieces[1]]
-            merges.append((pieces, word))
-    pairs, seen = [], set(vocab)
-    for word in sorted(words):
-        left = word[0]
-        for position, letter in enumerate(word[1:], 1):
-            right = letter + "</w>" if position == len(word) - 1 else letter
-            if left + right not in seen:
-                seen.add(left + right)
-                vocab.append(left + right)
-                pairs.append((left, right))
-            left += right
+            # As BPE does: the earliest known merge first. Where none applies, the first pair becomes a new one.
+            pair = min(zip(pieces, pieces[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
+            if pair not in ranks:
+                ranks[pair] = len(ranks)
+                vocab.append("".join(pair))
+            at = next(i for i in range(len(pieces)) if tuple(pieces[i : i + 2]) == pair)
+            pieces[at : at + 2] = ["".join(pair)]
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(vocab)}
-    return CLIPTokenizer(vocab=ids, merges=pairs, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=ids, merges=list(ranks), model_max_length=MAX_TOKENS)
 
 
 def tokenize(tokenizer, captions):
@@ -312,6 +309,94 @@ def build_pipeline(objective, vae):
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
 
 
+def load_vae(args, device):
+    """The trained VAE, frozen, with the scaling factor that gives its latents unit standard deviation."""
+    objective = VaeObjective()
+    objective.load_state_dict(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
+    vae = objective.model.to(device).eval().requires_grad_(False)
+    pixels = rendered(args.seed, range(1000))[0]
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in pixels.split(100)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    return vae
+
+
+@torch.no_grad()
+def teacher_images(pipeline, captions, steps, guidance_scale, accelerator, batch_size=100):
+    """Pixels (N, 3, 32, 32) in [-1, 1] of N captions, image i from noise seeded by i; shared by the processes."""
+    pipeline.set_progress_bar_config(disable=True)
+    share = -(-len(captions) // accelerator.num_processes)
+    mine = range(len(captions))[accelerator.process_index * share :][:share]
+    parts = []
+    for start in tqdm(range(0, share, batch_size), desc=f"{steps} steps, w = {guidance_scale:g}",
+                      disable=not accelerator.is_main_process):  # fmt: skip
+        indices = mine[start : start + batch_size]
+        images = pipeline(
+            [captions[i] for i in indices], num_inference_steps=steps, guidance_scale=guidance_scale,
+            generator=[sample_generator(0, i, 0) for i in indices], output_type="pt").images  # fmt: skip
+        parts.append(images.to(accelerator.device) * 2 - 1)
+    return accelerator.gather(torch.cat(parts)).cpu()
+
+
+def write_pipeline(args, accelerator, tokenizer):
+    """assets/tiny-sd, and beside it the guidance scale that reads best on 300 training captions, by tiny-reader."""
+    objective = UNetObjective(tokenizer, load_vae(args, accelerator.device))
+    objective.load_state_dict(load_file(Path(args.work_dir) / "unet/checkpoint/ema.safetensors"))
+    folder = Path(args.output_dir) / "tiny-sd"
+    pipeline = build_pipeline(objective.eval(), objective.frozen[0]).to(dtype=torch.float16)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    pipeline.to(accelerator.device, torch.float32)
+    reader = SceneReader.from_pretrained(Path(args.output_dir) / "tiny-reader")
+    captions = [shapes.caption_of(shapes.training_scene(args.seed + 100, i)[0]) for i in range(300)]
+    found = {}
+    for guidance_scale in (1.5, 2.0, 3.0, 4.0, 6.0):
+        pixels = teacher_images(pipeline, captions, 50, guidance_scale, accelerator)
+        found[guidance_scale] = scene_accuracy(reader, pixels, captions).float().mean().item()
+        accelerator.print(f"guidance scale {guidance_scale:g}: scene accuracy {found[guidance_scale]:.3f}", flush=True)
+    if accelerator.is_main_process:
+        best = max(found, key=found.get)
+        timesteps = student_timesteps(pipeline.scheduler, 50)
+        write_distillation(folder, method="prepare_tiny_sd", parent=None, steps=50, timesteps=timesteps,
+                           guidance="cfg", guidance_scale=best, target=None)  # fmt: skip
+        (Path(args.work_dir) / "guidance.json").write_text(json.dumps(found) + "\n")
+
+
+def report(args, accelerator, count=2000):
+    """Every figure of docs/tiny-sd.md, on the held-out captions, with 95 % bootstrap intervals: report.json."""
+    output = Path(args.output_dir)
+    reader, judge = SceneReader.from_pretrained(output / "tiny-reader"), ClipJudge(output / "tiny-clip")
+    pipeline = load_pipeline(output / "tiny-sd").to(accelerator.device)
+    guidance_scale = read_distillation(output / "tiny-sd")["guidance_scale"]
+    captions = shapes.held_out_captions(count)
+    images = teacher_images(pipeline, captions, 50, guidance_scale, accelerator)
+    if not accelerator.is_main_process:
+        return
+    renders = to_pixels([shapes.held_out_sample(i)[0] for i in range(count)])
+    with torch.no_grad():
+        decoded = torch.cat([pipeline.vae(part.to(accelerator.device)).sample.cpu() for part in renders.split(100)])
+    real_features = shapes_real_features(judge, count)
+    rows = {
+        "real renders": judge_images(renders, captions, judge, reader, real_features),
+        "VAE reconstructions": judge_images(decoded, captions, judge, reader, real_features),
+        f"teacher, 50 DDIM steps, w = {guidance_scale:g}": judge_images(
+            images, captions, judge, reader, real_features
+        ),
+    }
+    psnr = (10 * torch.log10(4 / (decoded.clamp(-1, 1) - renders).pow(2).mean(dim=(1, 2, 3)))).mean().item()
+    print(f"VAE reconstructions: PSNR {psnr:.1f} dB")
+    print("| | scene accuracy | R-precision | CLIP score | Fréchet (tiny-clip) |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        cells = [
+            f"{row[key][0]:.3f} [{row[key][1]:.3f}, {row[key][2]:.3f}]" for key in ("scene_accuracy", "r_precision")
+        ]
+        print(f"| {name} | {' | '.join(cells)} | {row['clip_score'][0]:.1f} | {row['frechet']:.2f} |")
+        del row["per_image"]
+    (Path(args.work_dir) / "report.json").write_text(json.dumps({"psnr": psnr, **rows}, indent=1) + "\n")
+    to_image(images[:48], columns=12).save(Path(args.work_dir) / "contact_sheet.png")
+
+
 def main():
     args = parse_args()
     accelerator = Accelerator()
@@ -320,16 +405,6 @@ def main():
     if "reader" in args.parts:
         reader = train_part("reader", ReaderObjective(), args.reader_steps, 64, 1e-3, args, accelerator)
         reader.model.save_pretrained(output / "tiny-reader")
-        right = []
-        for start in range(0, 2000, 250):
-            images, scenes = zip(*(shapes.held_out_sample(i) for i in range(start, start + 250)))
-            with torch.no_grad():
-                right.append(
-                    scenes_right(reader.model(to_pixels(images).to(accelerator.device)).cpu(), torch.tensor(scenes))
-                    if False
-                    else scenes_right(reader.model(to_pixels(images)), torch.tensor(scenes))
-                )
-        print("reader scene accuracy", torch.cat(right).float().mean())
     if "clip" in args.parts:
         clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 64, 1e-3, args, accelerator)
         clip.model.half().save_pretrained(output / "tiny-clip")
@@ -337,17 +412,12 @@ def main():
     if "vae" in args.parts:
         train_part("vae", VaeObjective(), args.vae_steps, 16, 1.5e-3, args, accelerator, sample_vae)
     if "unet" in args.parts:
-        vae = VaeObjective()
-        vae.load_state_dict(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
-        vae = vae.model.to(accelerator.device).eval().requires_grad_(False)
-        with torch.no_grad():
-            stds = [
-                vae.encode(rendered(args.seed, range(i, i + 250))[0].to(accelerator.device)).latent_dist.mean
-                for i in range(0, 2000, 250)
-            ]
-        vae.register_to_config(scaling_factor=round(1 / torch.cat(stds).std().item(), 5))
-        print("scaling_factor", vae.config.scaling_factor)
-        train_part("unet", UNetObjective(tokenizer, vae), args.unet_steps, 64, 1e-3, args, accelerator, sample_unet)
+        objective = UNetObjective(tokenizer, load_vae(args, accelerator.device))
+        train_part("unet", objective, args.unet_steps, 64, 1e-3, args, accelerator, sample_unet)
+    if "pipeline" in args.parts:
+        write_pipeline(args, accelerator, tokenizer)
+    if "report" in args.parts:
+        report(args, accelerator)
 
 
 if __name__ == "__main__":

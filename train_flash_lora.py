@@ -4,7 +4,7 @@ The teacher is the student with its adapters switched off, so one UNet is in mem
 own N-step schedule the teacher takes K DDIM steps with classifier-free guidance; the student gets there in one forward
 without guidance:
 
-    z_t = alpha_t x + sigma_t eps        (pure noise where t is the last training timestep: that is where sampling starts)
+    z_t = alpha_t x + sigma_t eps        pure noise where t is the last training timestep: there sampling starts
     z*  = DDIM_K(z_t : t -> end)         teacher, guided; end is the clean latents (--target x0) or the next student
     z^  = DDIM_1(z_t : t -> end)         timestep (--target next); student, one pass
     L   = d(z^, z*)
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--num_inference_steps", type=arguments.positive_int, default=4, help="N: steps of the student's schedule")
     add("--guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add("--target", choices=("x0", "next"), default="x0",
-        help="teacher's clean latents (sampled with LCMScheduler) or its latents at the next student timestep (DDIM)")  # fmt: skip
+        help="the teacher's clean latents (for LCM), or its latents at the next student timestep (DDIM)")  # fmt: skip
     add("--loss", choices=("l2", "huber", "lpips"), default="huber", help="distance d")
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none",
         help="weight of a timestep's error in x0: 1, SNR, or max(SNR, 1)")  # fmt: skip
@@ -134,14 +134,14 @@ def teacher_guidance(args):
     return distillation["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
 
 
-def draw(args, step, positions, latents_shape, num_timesteps, device):
-    """Per-sample randomness by global position: noise (B, C, H, W) and indices into the student's timesteps (B,)."""
+def draw(args, step, positions, latents):
+    """Per-sample randomness by global position: noise like latents, and indices into the student's timesteps (B,)."""
     noise, slots = [], []
     for position in positions:
         generator = sample_generator(args.seed, step, position)
-        slots.append(torch.randint(num_timesteps, (), generator=generator))
-        noise.append(torch.randn(latents_shape, generator=generator))
-    return torch.stack(noise).to(device), torch.stack(slots).to(device)
+        slots.append(torch.randint(args.num_inference_steps, (), generator=generator))
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+    return torch.stack(noise).to(latents.device), torch.stack(slots).to(latents.device)
 
 
 def save_final(folder, args, pipeline, scheduler, timesteps, guidance_scale, step):
@@ -301,8 +301,7 @@ def main(args):
             with accelerator.accumulate(student):
                 latents = encode_images(vae, batch["pixel_values"])
                 conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                noise, slots = draw(
-                    args, step, batch["positions"], latents.shape[1:], args.num_inference_steps, accelerator.device)  # fmt: skip
+                noise, slots = draw(args, step, batch["positions"], latents)
                 timesteps = student_times[slots]
                 end_timesteps = student_times[slots + 1] if args.target == "next" else torch.full_like(timesteps, -1)
                 z = schedule.add_noise(latents, noise, timesteps)
@@ -318,8 +317,8 @@ def main(args):
 
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)
-                loss = flash_loss(
-                    output, z, timesteps, target, end_timesteps, schedule, args.loss, args.loss_weighting, lpips)  # fmt: skip
+                loss = flash_loss(output, z, timesteps, target, end_timesteps, schedule, args.loss,
+                                  args.loss_weighting, lpips)  # fmt: skip
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:

@@ -159,7 +159,7 @@ def use_embedded_default(args):
 
 
 def learning_rate_at(step, args):
-    """The learning rate of optimizer step `step` (from 0): a function of the step alone, so resume restores nothing."""
+    """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing."""
     if step < args.lr_warmup_steps:
         return args.learning_rate * (step + 1) / args.lr_warmup_steps
     done = (step - args.lr_warmup_steps) / max(args.max_train_steps - args.lr_warmup_steps, 1)

@@ -126,7 +126,7 @@ def load_checkpoint(accelerator, checkpoint):
 
 
 class FinalFolder:
-    """`with FinalFolder(path) as temporary:` writes a folder that appears, or replaces an older one, only if complete."""
+    """`with FinalFolder(path) as temporary:` writes a folder that appears (or replaces another) only if complete."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -150,7 +150,7 @@ class FinalFolder:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT so that a run can save at the next step boundary; a second SIGINT interrupts at once."""
+    """Notes SIGTERM and SIGINT so that a run can save at the next step; a second SIGINT interrupts at once."""
 
     def __init__(self):
         self.received = None

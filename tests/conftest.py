@@ -57,8 +57,9 @@ def random_pipeline(kind):
         norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
         cross_attention_dim=64 if kind == "sdxl" else 32, **(xl if kind == "sdxl" else {}))  # fmt: skip
+    prediction_type = "v_prediction" if kind == "v" else "epsilon"
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                              skip_prk_steps=True, prediction_type="v_prediction" if kind == "v" else "epsilon")  # fmt: skip
+                              skip_prk_steps=True, prediction_type=prediction_type)  # fmt: skip
     if kind == "sdxl":
         return StableDiffusionXLPipeline(
             vae=vae, text_encoder=CLIPTextModel(text_config(32)), tokenizer=tokenizer, tokenizer_2=tokenizer,

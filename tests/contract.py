@@ -11,7 +11,7 @@ from common.models import encode_empty_prompt, encode_prompts, predict, predict_
 
 @torch.no_grad()
 def assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference_steps, generators):
-    """Latents as the training script imagines inference: target x0 re-noises each prediction, next takes DDIM steps."""
+    """Latents as training imagines inference: target x0 re-noises each prediction, next takes DDIM steps."""
     schedule = NoiseSchedule(scheduler)
     conditioning, z = encode_prompts(pipeline, prompts, 32), noise
     times = [*student_timesteps(scheduler, num_inference_steps), -1]
@@ -33,14 +33,14 @@ def assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference
 @torch.no_grad()
 def assert_contract(pipeline, scheduler, contract, num_inference_steps, tolerance=1e-4):
     """`pipeline` holds the student; `scheduler` is the one saved with it; `contract` its distillation.json."""
-    prompts = ["a small red circle on a white background", "a large blue ring above a small pink cross on a gray background"]
+    prompts = ["a small red circle on a white background", "a large blue ring on a gray background"]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     generators = [[torch.Generator().manual_seed(seed) for seed in (2, 3)] for _ in range(2)]
     assumed = assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference_steps, generators[0])
     pipeline.scheduler = type(scheduler).from_config(scheduler.config)
     stock = pipeline(
-        prompts, num_inference_steps=num_inference_steps, guidance_scale=contract["guidance_scale"], height=32, width=32,
-        latents=noise.clone(), generator=generators[1], output_type="latent").images  # fmt: skip
+        prompts, num_inference_steps=num_inference_steps, guidance_scale=contract["guidance_scale"], height=32,
+        width=32, latents=noise.clone(), generator=generators[1], output_type="latent").images  # fmt: skip
     # Relative to the latents' size: at t = 999 predictions of x0 are divided by alpha = 0.068.
     difference = (stock - assumed).abs().max() / assumed.abs().max()
-    assert difference < tolerance, f"{num_inference_steps} steps: stock and assumed roll-outs differ by {difference:.2e}"
+    assert difference < tolerance, f"{num_inference_steps} steps: the roll-outs differ by {difference:.2e}"
