@@ -52,10 +52,10 @@ from common.models import (
     encode_prompts,
     is_sdxl,
     load_pipeline,
-    native_resolution,
     predict,
     predict_guided,
     read_distillation,
+    read_pipeline_config,
 )
 from common.validation import log_images, sample_images, write_distillation, write_model_card
 
@@ -200,6 +200,11 @@ def main(args):
     check_arguments(args)
     arguments.use_embedded_default(args)
     guidance_scale = teacher_guidance(args)
+    _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
+    args.resolution = args.resolution or native_resolution
+    if args.resolution % factor:
+        raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
+    dataset = load_dataset_from_args(args)
     folder = Path(args.output_dir) / (args.run_name or "") / "lora"
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
@@ -229,8 +234,6 @@ def main(args):
     # 1 frozen models, in the compute dtype
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype, args.revision, args.variant)
-    args.resolution = args.resolution or native_resolution(pipeline)
-    dataset = load_dataset_from_args(args)
     pipeline.to(accelerator.device)
     unet, vae = pipeline.unet, pipeline.vae
     if is_sdxl(pipeline) and dtype == torch.float16:
@@ -242,6 +245,10 @@ def main(args):
     unconditional = encode_empty_prompt(pipeline, args.resolution)
 
     # 2 trainable models, in fp32
+    names = [name for name, _ in unet.named_modules()]
+    for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UsageError(f"--lora_targets {target}: the UNet has no layer of that name.")
     unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets))
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 TINY_SD = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
 
@@ -42,10 +48,17 @@ class Conditioning:
         return (self.prompt_embeds, self.pooled_prompt_embeds, self.time_ids)
 
 
-def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
-    """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
+PIPELINES = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
 
-    Raises ModelError (one sentence naming --pretrained_model_name_or_path) where there is no such pipeline.
+
+def read_pipeline_config(path, revision=None):
+    """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
+
+    The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
+    --pretrained_model_name_or_path, where there is no pipeline of a known class: before gigabytes are loaded.
     """
     where = f"--pretrained_model_name_or_path {path}"
     folder = Path(path)
@@ -53,26 +66,35 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
         raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise ModelError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
-    # The class is read first: a pipeline of another kind must fail before gigabytes are loaded.
     try:
         name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{where}: neither a folder here nor a pipeline that the hub gave ({_first(error)})"
-        ) from None
-    classes = {
-        "StableDiffusionPipeline": StableDiffusionPipeline,
-        "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
-    }
-    if name not in classes:
-        raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(classes)}.")
-    extras = {} if name.endswith("XLPipeline") else {"safety_checker": None, "requires_safety_checker": False}
+        if name not in PIPELINES:
+            raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(PIPELINES)}.")
+        unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+        vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{where}: its config files can't be read ({_first(error)})") from None
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return PIPELINES[name], unet["sample_size"] * factor, factor
+
+
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
+    """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
+
+    Raises ModelError (one sentence naming --pretrained_model_name_or_path) where there is no such pipeline.
+    """
+    pipeline_class, _, _ = read_pipeline_config(path, revision)
+    extras = {}
+    if pipeline_class is StableDiffusionPipeline:
+        extras = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = classes[name].from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             path, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **extras
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"{where}: the pipeline does not load ({_first(error)})") from None
+        raise ModelError(
+            f"--pretrained_model_name_or_path {path}: the pipeline does not load ({_first(error)})"
+        ) from None
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
