@@ -5,6 +5,7 @@ Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU
     reader   tiny-reader, a convolutional classifier of every attribute of a scene
     clip     tiny-clip, a CLIPModel; each image sees hard negatives (one attribute changed, colours or objects swapped)
     vae      AutoencoderKL: 32x32 pixels to 4x8x8 latents
+    decoder  the VAE's decoder alone goes on, on slightly noisy latents: the latents stay as the UNet knows them
     unet     the text encoder and the UNet, together, epsilon-prediction with min-SNR weights
     pipeline writes assets/tiny-sd and measures its best guidance scale
     report   every figure of docs/tiny-sd.md
@@ -14,6 +15,7 @@ Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -38,7 +40,7 @@ from common.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy,
 from common.models import load_pipeline, read_distillation
 from common.validation import write_distillation
 
-PARTS = ("reader", "clip", "vae", "unet", "pipeline", "report")
+PARTS = ("reader", "clip", "vae", "unet", "decoder", "pipeline", "report")
 MAX_TOKENS = 20
 
 
@@ -48,9 +50,10 @@ def parse_args():
     parser.add_argument("--output_dir", default="assets")
     parser.add_argument("--work_dir", default="outputs/tiny_sd", help="checkpoints and sample grids")
     parser.add_argument("--reader_steps", type=int, default=2000)
-    parser.add_argument("--clip_steps", type=int, default=4000)
+    parser.add_argument("--clip_steps", type=int, default=5000)
     parser.add_argument("--vae_steps", type=int, default=4250)
-    parser.add_argument("--unet_steps", type=int, default=7000)
+    parser.add_argument("--unet_steps", type=int, default=6000)
+    parser.add_argument("--decoder_steps", type=int, default=1000)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -112,20 +115,17 @@ class ReaderObjective(nn.Module):
         pixels, scenes = rendered(seed, indices)
         # Generated images are never quite clean: a judge must not trip over a little noise or blur.
         noise = torch.stack([torch.randn(3, 32, 32, generator=sample_generator(seed, 0, int(i))) for i in indices])
-        scenes = torch.tensor(scenes, device=device)
-        logits = self.model((pixels + 0.05 * noise).to(device))
-        alone = (scenes[:, 1] == 0).float()
-        losses = []
-        for position, name in enumerate(shapes.ATTRIBUTES):
-            loss = F.cross_entropy(logits[name], scenes[:, position], reduction="none")
-            losses.append(loss * (1 - alone) if position >= shapes.SECOND_OBJECT.start else loss)
-        return torch.stack(losses).sum(0).mean()
+        return attribute_loss(self.model((pixels + 0.05 * noise).to(device)), scenes, device)
 
 
 class ClipObjective(nn.Module):
-    """Contrastive loss: each image against all captions of the batch and hard negatives of each; and back."""
+    """Contrastive loss: each image against all captions of the batch and hard negatives of each; and back.
 
-    NEGATIVES = 5
+    The hard negatives are every other shape of either object (what a patch of four pixels sees worst) and a few of the
+    other kinds. Linear heads read the attributes from the image embedding while training; they are not kept.
+    """
+
+    NEGATIVES = 14
 
     def __init__(self, tokenizer):
         super().__init__()
@@ -135,17 +135,38 @@ class ClipObjective(nn.Module):
         vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                       image_size=shapes.IMAGE_SIZE, patch_size=4)  # fmt: skip
         self.model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
+        self.heads = nn.ModuleDict({name: nn.Linear(96, classes) for name, classes in shapes.ATTRIBUTES.items()})
         self.tokenizer = tokenizer
 
     def forward(self, seed, step, indices, device):
         pixels, scenes = rendered(seed, indices)
         captions = [shapes.caption_of(scene) for scene in scenes]
         for scene, index in zip(scenes, indices):
-            captions += shapes.hard_negatives(scene, np.random.default_rng([seed, 1, int(index)]), self.NEGATIVES)
+            others = shapes.hard_negatives(scene, np.random.default_rng([seed, 1, int(index)]), 32)
+            others.sort(key=lambda other, scene=scene: not differs_in_shape(scene, shapes.scene_of(other)))
+            captions += others[: self.NEGATIVES]
         outputs = self.model(input_ids=tokenize(self.tokenizer, captions).to(device), pixel_values=pixels.to(device))
-        logits = outputs.logits_per_image  # (B, B + B * NEGATIVES)
+        logits = outputs.logits_per_image  # (B, B + about B * NEGATIVES)
         target = torch.arange(len(scenes), device=device)
-        return F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits[:, : len(scenes)].T, target)
+        loss = F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits[:, : len(scenes)].T, target)
+        pooled = outputs.vision_model_output.pooler_output
+        return loss + attribute_loss({name: head(pooled) for name, head in self.heads.items()}, scenes, device)
+
+
+def differs_in_shape(scene, other):
+    """Whether only the shape of one object differs."""
+    different = [name for name, a, b in zip(shapes.ATTRIBUTES, scene, other) if a != b]
+    return different in (["shape"], ["shape2"])
+
+
+def attribute_loss(logits, scenes, device):
+    """Cross-entropy of every attribute, summed; the second object's only where there is one."""
+    scenes = torch.tensor(scenes, device=device)
+    alone, losses = (scenes[:, 1] == 0).float(), []
+    for position, name in enumerate(shapes.ATTRIBUTES):
+        loss = F.cross_entropy(logits[name], scenes[:, position], reduction="none")
+        losses.append(loss * (1 - alone) if position >= shapes.SECOND_OBJECT.start else loss)
+    return torch.stack(losses).sum(0).mean()
 
 
 class VaeObjective(nn.Module):
@@ -153,6 +174,8 @@ class VaeObjective(nn.Module):
 
     Without that, small crosses come back as diamonds.
     """
+
+    NOISE = None  # the posterior's own
 
     def __init__(self):
         super().__init__()
@@ -169,15 +192,27 @@ class VaeObjective(nn.Module):
         weight = 1 + 4 * objects / F.avg_pool2d(objects, 15, stride=1, padding=7).clamp(min=0.1)
         posterior = self.model.encode(pixels).latent_dist
         noise = torch.stack([torch.randn(4, 8, 8, generator=sample_generator(seed, 0, int(i))) for i in indices])
-        decoded = self.model.decode(posterior.mean + posterior.std * noise.to(device)).sample
+        decoded = self.model.decode(posterior.mean + (self.NOISE or posterior.std) * noise.to(device)).sample
         error = (decoded - pixels).abs()
         return (weight * (error + error**2)).mean() + 1e-6 * posterior.kl().mean()
+
+
+class DecoderObjective(VaeObjective):
+    """The same, with the encoder as it is and noise of a tenth of the latents' spread: what a UNet leaves."""
+
+    NOISE = 0.2
+
+    def __init__(self, weights):
+        super().__init__()
+        self.load_state_dict(weights)
+        self.model.encoder.requires_grad_(False)
+        self.model.quant_conv.requires_grad_(False)
 
 
 class UNetObjective(nn.Module):
     """Epsilon-prediction on the VAE's latents, min-SNR-5 weights, 10 % empty captions; trains the text encoder too."""
 
-    def __init__(self, tokenizer, vae):
+    def __init__(self, tokenizer, latents=None):
         super().__init__()
         self.text_encoder = CLIPTextModel(CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=3,
@@ -189,21 +224,19 @@ class UNetObjective(nn.Module):
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8)  # fmt: skip
         self.tokenizer = tokenizer
-        self.frozen = [vae]  # in a list: neither trained nor saved with this module
+        self.latents = latents  # (M, 4, 8, 8), scaled, of training scenes 0 to M - 1
         self.scheduler = train_scheduler()
 
     def forward(self, seed, step, indices, device):
-        pixels, scenes = rendered(seed, indices)
-        vae = self.frozen[0]
+        scenes = [int(index) % len(self.latents) for index in indices]
         captions, noise, timesteps = [], [], []
         for scene, index in zip(scenes, indices):
             generator = sample_generator(seed, 0, int(index))
             noise.append(torch.randn(4, 8, 8, generator=generator))
             timesteps.append(torch.randint(1000, (), generator=generator))
             dropped = torch.rand((), generator=generator) < 0.1
-            captions.append("" if dropped else shapes.caption_of(scene))
-        with torch.no_grad():
-            latents = vae.encode(pixels.to(device)).latent_dist.mean * vae.config.scaling_factor
+            captions.append("" if dropped else shapes.caption_of(shapes.training_scene(seed, scene)[0]))
+        latents = self.latents[scenes].to(device)
         noise, timesteps = torch.stack(noise).to(device), torch.stack(timesteps).to(device)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prompt_embeds = self.text_encoder(tokenize(self.tokenizer, captions).to(device))[0]
@@ -229,7 +262,8 @@ def train_part(name, objective, steps, batch_size, peak, args, accelerator, samp
     folder.mkdir(parents=True, exist_ok=True)
     device = accelerator.device
     objective.to(device)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {key: value.detach().clone() for key, value in objective.state_dict().items()}
     step, checkpoint = 0, folder / "checkpoint"
     if (checkpoint / "state.json").is_file():
@@ -248,7 +282,7 @@ def train_part(name, objective, steps, batch_size, peak, args, accelerator, samp
             group["lr"] = learning_rate(step, steps, peak)
         loss = model(seed, step, range(first, first + share), device)
         accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -293,8 +327,8 @@ def sample_vae(objective):
     return to_image(torch.stack([pixels, decoded], dim=1).flatten(0, 1), columns=16)
 
 
-def sample_unet(objective):
-    pipeline = build_pipeline(objective, objective.frozen[0])
+def sample_unet(objective, vae):
+    pipeline = build_pipeline(objective, vae)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(shapes.held_out_captions(24), num_inference_steps=25, guidance_scale=4.0, output_type="pt",
                       generator=torch.Generator().manual_seed(0)).images  # fmt: skip
@@ -309,16 +343,30 @@ def build_pipeline(objective, vae):
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
 
 
-def load_vae(args, device):
-    """The trained VAE, frozen, with the scaling factor that gives its latents unit standard deviation."""
+def load_vae(args, device, part="vae"):
+    """The VAE as `part` left it, frozen, with the scaling factor that gives its latents unit standard deviation."""
     objective = VaeObjective()
-    objective.load_state_dict(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
+    objective.load_state_dict(load_file(Path(args.work_dir) / part / "checkpoint/ema.safetensors"))
     vae = objective.model.to(device).eval().requires_grad_(False)
     pixels = rendered(args.seed, range(1000))[0]
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in pixels.split(100)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
+
+
+@torch.no_grad()
+def cached_latents(args, vae, accelerator, seed, count=32768):
+    """Scaled latents (count, 4, 8, 8) of training scenes 0 to count - 1: encoded once, kept in the work folder."""
+    file = Path(args.work_dir) / "latents.safetensors"
+    if accelerator.is_main_process and not file.is_file():
+        parts = []
+        for start in tqdm(range(0, count, 64), desc="latents"):
+            pixels = rendered(seed, range(start, start + 64))[0].to(accelerator.device)
+            parts.append(vae.encode(pixels).latent_dist.mean.cpu() * vae.config.scaling_factor)
+        save_file({"latents": torch.cat(parts).contiguous()}, file)
+    accelerator.wait_for_everyone()
+    return load_file(file)["latents"]
 
 
 @torch.no_grad()
@@ -340,10 +388,10 @@ def teacher_images(pipeline, captions, steps, guidance_scale, accelerator, batch
 
 def write_pipeline(args, accelerator, tokenizer):
     """assets/tiny-sd, and beside it the guidance scale that reads best on 300 training captions, by tiny-reader."""
-    objective = UNetObjective(tokenizer, load_vae(args, accelerator.device))
+    objective, vae = UNetObjective(tokenizer), load_vae(args, accelerator.device, "decoder")
     objective.load_state_dict(load_file(Path(args.work_dir) / "unet/checkpoint/ema.safetensors"))
     folder = Path(args.output_dir) / "tiny-sd"
-    pipeline = build_pipeline(objective.eval(), objective.frozen[0]).to(dtype=torch.float16)
+    pipeline = build_pipeline(objective.eval(), vae).to(dtype=torch.float16)
     if accelerator.is_main_process:
         pipeline.save_pretrained(folder)
     accelerator.wait_for_everyone()
@@ -406,14 +454,19 @@ def main():
         reader = train_part("reader", ReaderObjective(), args.reader_steps, 64, 1e-3, args, accelerator)
         reader.model.save_pretrained(output / "tiny-reader")
     if "clip" in args.parts:
-        clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 64, 1e-3, args, accelerator)
+        clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 32, 1e-3, args, accelerator)
         clip.model.half().save_pretrained(output / "tiny-clip")
         tokenizer.save_pretrained(output / "tiny-clip")
     if "vae" in args.parts:
         train_part("vae", VaeObjective(), args.vae_steps, 16, 1.5e-3, args, accelerator, sample_vae)
     if "unet" in args.parts:
-        objective = UNetObjective(tokenizer, load_vae(args, accelerator.device))
-        train_part("unet", objective, args.unet_steps, 64, 1e-3, args, accelerator, sample_unet)
+        vae = load_vae(args, accelerator.device)
+        latents = cached_latents(args, vae, accelerator, args.seed + PARTS.index("unet"))
+        sample = functools.partial(sample_unet, vae=vae)
+        train_part("unet", UNetObjective(tokenizer, latents), args.unet_steps, 64, 1e-3, args, accelerator, sample)
+    if "decoder" in args.parts:
+        objective = DecoderObjective(load_file(Path(args.work_dir) / "vae/checkpoint/ema.safetensors"))
+        train_part("decoder", objective, args.decoder_steps, 16, 1e-3, args, accelerator, sample_vae)
     if "pipeline" in args.parts:
         write_pipeline(args, accelerator, tokenizer)
     if "report" in args.parts:
