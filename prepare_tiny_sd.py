@@ -447,7 +447,7 @@ def report(args, accelerator, count=2000):
 
 def main():
     args = parse_args()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=None if torch.accelerator.is_available() else True)
     output, tokenizer = Path(args.output_dir), build_tokenizer()
     torch.manual_seed(args.seed)
     if "reader" in args.parts:

@@ -206,8 +206,9 @@ def main(args):
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
     dataset = load_dataset_from_args(args)
     folder = Path(args.output_dir) / (args.run_name or "") / "lora"
+    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError("train_flash_lora.py runs under DDP only: its UNet is student and teacher by turns, and a "

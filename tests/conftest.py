@@ -106,11 +106,11 @@ def environment():
 
 def launch_command(script, *arguments, processes=1):
     """The command line of a real launch: accelerate's launcher with gloo where there are several processes."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--num_cpu_threads_per_process", "1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     if processes > 1:
         launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--main_process_port", "0"]
+    else:
+        launcher += ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*launcher, str(script), *(str(argument) for argument in arguments)]
 
 
