@@ -49,7 +49,7 @@ from common import arguments, metrics, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.diffusion import ddim_scheduler, student_scheduler
-from common.models import TINY_SD, decode_latents, is_sdxl, load_pipeline, native_resolution, read_distillation
+from common.models import TINY_SD, decode_latents, is_sdxl, load_pipeline, read_distillation, read_pipeline_config
 from common.validation import image_grid
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -580,7 +580,7 @@ def main(args):
     try:
         for path, lora, configurations in stages:
             pipeline = load_model(path, args, lora)
-            args.resolution = args.resolution or native_resolution(pipeline)
+            args.resolution = args.resolution or read_pipeline_config(path)[1]
             teachers = []
             for configuration in configurations(args, plan, pipeline):
                 made = generate(pipeline, configuration, prompts, init_image, args)

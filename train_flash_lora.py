@@ -260,7 +260,10 @@ def main(args):
     ema = EMA(parameters, args.ema_decay)
     lpips = None
     if args.loss == "lpips":
-        network = load_lpips(args.lpips_trunk_path).to(accelerator.device)
+        try:
+            network = load_lpips(args.lpips_trunk_path).to(accelerator.device)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--loss lpips: {error}") from None
         lpips = lambda a, b: network(decode_latents(vae, a), decode_latents(vae, b)).flatten()  # noqa: E731
 
     # 3 optimizer

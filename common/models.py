@@ -6,6 +6,7 @@ inference see the same embeddings.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,21 @@ PIPELINES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
+
+
+class _OnceFilter(logging.Filter):
+    """Lets the pipelines' warning about a truncated caption pass once, not for every batch of a run."""
+
+    said = False
+
+    def filter(self, record):
+        truncated = "truncated because CLIP" in record.getMessage()
+        said, self.said = self.said, self.said or truncated
+        return not (truncated and said)
+
+
+for _pipeline_class in PIPELINES.values():
+    logging.getLogger(_pipeline_class.__module__).addFilter(_OnceFilter())
 
 
 def read_pipeline_config(path, revision=None):
@@ -108,11 +124,6 @@ def _first(error):
 
 def is_sdxl(pipeline):
     return isinstance(pipeline, StableDiffusionXLPipeline)
-
-
-def native_resolution(pipeline):
-    """The pixels per side that the UNet was made for: sample_size times the VAE's factor."""
-    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
 def read_distillation(path):

@@ -1,0 +1,244 @@
+"""The small parts that every script stands on: averages, taps, folders, signals, arguments, configurations."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, random_pipeline
+from safetensors.torch import save_file
+
+from common import arguments, models
+from common.checkpoint import (
+    CheckpointError,
+    FinalFolder,
+    StopSignal,
+    check_same_run,
+    checkpoints_in,
+    find_checkpoint,
+    make_folder,
+    refuse_other_run,
+)
+from common.ema import EMA, copy_tensors
+from common.hooks import FeatureTap
+from common.metrics import load_lpips
+from common.models import ModelError, load_pipeline, read_pipeline_config
+from common.validation import image_grid
+
+
+def parameters(seed=0):
+    torch.manual_seed(seed)
+    return {"a": torch.nn.Parameter(torch.randn(3)), "b": torch.nn.Parameter(torch.randn(2, 2).half())}
+
+
+# EMA
+
+
+def test_ema_is_the_recursion_with_its_warm_up():
+    tracked = parameters()
+    ema, expected = EMA(tracked, decay=0.9), tracked["a"].detach().clone()
+    for n in range(1, 200):
+        with torch.no_grad():
+            tracked["a"].add_(1.0)
+        ema.step(tracked)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * tracked["a"].detach()
+    torch.testing.assert_close(ema.shadow["a"], expected, atol=1e-3, rtol=1e-5)
+    assert ema.shadow["b"].dtype == torch.float32
+
+
+def test_ema_applied_gives_the_own_weights_back_bit_for_bit():
+    tracked = parameters()
+    ema = EMA(tracked)
+    with torch.no_grad():
+        tracked["a"].mul_(3)
+    own = tracked["a"].detach().clone()
+    with pytest.raises(RuntimeError, match="inside"), ema.applied(tracked):
+        assert torch.equal(tracked["a"], ema.shadow["a"])
+        raise RuntimeError("inside")
+    assert torch.equal(tracked["a"], own)
+
+
+def test_ema_never_averages_in_part():
+    ema = EMA(parameters())
+    with pytest.raises(KeyError, match="differ in 1 names"):
+        ema.step({"a": parameters()["a"]})
+    with pytest.raises(KeyError):
+        copy_tensors({"a": torch.zeros(3)}, parameters())
+
+
+# Hooks
+
+
+def test_feature_taps_read_blocks_and_leave():
+    unet = random_pipeline("sd").unet
+    names = ["down_blocks.0", "mid_block", "up_blocks.1"]
+    z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 20]), torch.randn(2, 5, 32)
+    with torch.no_grad(), FeatureTap(unet, names) as tap:
+        unet(z, t, text)
+        assert {name: tuple(f.shape) for name, f in tap.features.items()} == {
+            "down_blocks.0": (2, 16, 4, 4), "mid_block": (2, 32, 4, 4), "up_blocks.1": (2, 16, 8, 8)}  # fmt: skip
+        tap.features.clear()
+    with torch.no_grad():
+        unet(z, t, text)
+    assert not tap.features
+    with pytest.raises(KeyError, match="no_block"):
+        FeatureTap(unet, ["no_block"])
+
+
+# Folders and checkpoints
+
+
+def make_checkpoint(folder, step, **state):
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    content = {"step": step, "global_batch_size": 4, "arguments": {"seed": 0}, **state}
+    (folder / f"checkpoint-{step}" / "state.json").write_text(json.dumps(content))
+
+
+def test_only_complete_checkpoints_count_and_they_sort_by_number(tmp_path):
+    for step in (5, 10, 100, 20):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-200").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [step for step, _ in checkpoints_in(tmp_path)] == [5, 10, 20, 100]
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+    assert find_checkpoint(tmp_path, "checkpoint-20").name == "checkpoint-20"
+    assert find_checkpoint(tmp_path, None) is None and find_checkpoint(tmp_path / "empty", "latest") is None
+    with pytest.raises(CheckpointError, match="checkpoint-200"):
+        find_checkpoint(tmp_path, "checkpoint-200")
+
+
+def test_a_run_is_continued_only_with_the_same_maths(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    assert check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 4) == 5
+    with pytest.raises(CheckpointError, match="seed was 0, now 1"):
+        check_same_run(tmp_path / "checkpoint-5", {"seed": 1}, 4)
+    with pytest.raises(CheckpointError, match="global batch size was 4, now 8"):
+        check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 8)
+
+
+def test_another_runs_folder_is_refused_or_discarded(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="--overwrite_output_dir"):
+        refuse_other_run(tmp_path, None, False)
+    refuse_other_run(tmp_path, None, True)
+    refuse_other_run(tmp_path, tmp_path / "checkpoint-5", False)
+    make_folder(tmp_path, tmp_path / "checkpoint-5")
+    assert (tmp_path / "checkpoint-5").is_dir()
+    make_folder(tmp_path, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_final_folder_appears_whole_or_not_at_all(tmp_path):
+    with FinalFolder(tmp_path / "final") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "final").exists()
+    with pytest.raises(RuntimeError), FinalFolder(tmp_path / "final") as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert (tmp_path / "final" / "a").read_text() == "1"
+    with FinalFolder(tmp_path / "final") as folder:
+        (folder / "b").write_text("3")
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "b"]
+
+
+def test_signals_are_noted_and_the_second_interrupt_is_at_once():
+    class OneProcess:
+        num_processes = 1
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = StopSignal()
+        assert not stop.requested(OneProcess)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested(OneProcess)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("kind, ends", [("constant", 1.0), ("linear", 0.1), ("cosine", 0.0245)])
+def test_learning_rate_is_a_function_of_the_step(kind, ends):
+    parser = arguments.make_parser("")
+    arguments.add_optimization_arguments(parser, learning_rate=1.0, train_batch_size=1, max_train_steps=12)
+    args = parser.parse_args(["--lr_scheduler", kind, "--lr_warmup_steps", "2"])
+    rates = [arguments.learning_rate_at(step, args) for step in range(12)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(ends, rel=1e-2)
+
+
+def test_the_embedded_default_and_a_model_without_data():
+    parser = arguments.make_parser("")
+    arguments.add_model_arguments(parser)
+    arguments.add_data_arguments(parser)
+    args = parser.parse_args([])
+    arguments.use_embedded_default(args)
+    assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(models.TINY_SD)
+    with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
+        arguments.use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", "a/b"]))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_configuration(path):
+    assert load_config_from_file(str(path)).num_processes >= 1
+
+
+# Models
+
+
+def test_what_is_no_pipeline_is_one_sentence(tmp_path, pipelines):
+    for path, said in ((tmp_path, "model_index.json"), ("./nowhere", "no such folder"), ("a/b", "a/b")):
+        with pytest.raises(ModelError, match=said) as error:
+            read_pipeline_config(path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0"}))
+    with pytest.raises(ModelError, match="it is a FluxPipeline"):
+        read_pipeline_config(tmp_path)
+
+
+def test_native_resolution_is_read_from_the_configs(pipelines):
+    assert read_pipeline_config(pipelines("sd"))[1:] == (32, 4)
+
+
+def test_everything_loaded_is_frozen(pipelines):
+    pipeline = load_pipeline(pipelines("sdxl"))
+    parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2]
+    assert not any(part.training or p.requires_grad for part in parts for p in part.parameters())
+    assert all(p.dtype == torch.float32 for part in parts for p in part.parameters())
+
+
+# LPIPS
+
+
+def test_lpips_takes_its_trunk_from_a_file(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    trunk = torchvision.models.vgg16(weights=None).features
+    save_file({f"features.{k}": v for k, v in trunk.state_dict().items()}, tmp_path / "vgg16.safetensors")
+    network = load_lpips(tmp_path / "vgg16.safetensors")
+    assert torch.equal(network.net.slice1[0].weight, trunk[0].weight)
+    assert torch.equal(network.net.slice5[-2].weight, trunk[28].weight)
+    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert network(a, a).abs().max() == 0 and network(a, b).min() > 0
+    (tmp_path / "broken.pth").write_text("no")
+    with pytest.raises(ValueError, match="--lpips_trunk_path"):
+        load_lpips(tmp_path / "broken.pth")
+
+
+# Pictures
+
+
+def test_grids_are_labelled_and_enlarge_small_images():
+    from PIL import Image
+
+    rows = [[Image.new("RGB", (32, 32), "red")] * 3] * 2
+    grid = image_grid(rows, ["a small red circle " * 8, "b"], ["1", "2", "3"])
+    assert grid.width > 3 * 96 and grid.height > 2 * 96
