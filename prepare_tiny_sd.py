@@ -52,7 +52,7 @@ def parse_args():
     parser.add_argument("--reader_steps", type=int, default=2000)
     parser.add_argument("--clip_steps", type=int, default=5000)
     parser.add_argument("--vae_steps", type=int, default=4250)
-    parser.add_argument("--unet_steps", type=int, default=6000)
+    parser.add_argument("--unet_steps", type=int, default=4200)
     parser.add_argument("--decoder_steps", type=int, default=1000)
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)

@@ -74,6 +74,9 @@ def parse_args(argv=None):
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none",
         help="weight of a timestep's error in x0: 1, SNR, or max(SNR, 1)")  # fmt: skip
     add("--lpips_trunk_path", help="VGG-16 weights for --loss lpips (default: torchvision's download)")
+    add("--cache_rollouts", type=int,
+        help="compute the teacher's roll-outs of so many optimizer steps, keep them in memory, and cycle over them: "
+             "a step then costs one student pass (default: 64 for the embedded default, else 0: never)")  # fmt: skip
     add("--lora_rank", type=arguments.positive_int, default=4, help="rank of the adapters")
     add("--lora_alpha", type=arguments.positive_float, default=32, help="scale of the adapters is alpha / rank")
     add("--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="UNet layers to adapt")
@@ -115,6 +118,8 @@ def check_arguments(args):
         raise UsageError(f"--lpips_trunk_path {args.lpips_trunk_path}: there is no such file.")
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
+    if args.cache_rollouts is not None and args.cache_rollouts < 0:
+        raise UsageError(f"--cache_rollouts {args.cache_rollouts} is negative.")
     if args.use_8bit_adam and not torch.cuda.is_available():
         raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -198,6 +203,8 @@ def export_fp16(folder, args):
 
 def main(args):
     check_arguments(args)
+    if args.cache_rollouts is None:
+        args.cache_rollouts = 64 if args.pretrained_model_name_or_path is None else 0
     arguments.use_embedded_default(args)
     guidance_scale = teacher_guidance(args)
     _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
@@ -282,7 +289,8 @@ def main(args):
         ema.updates = step
 
     # 5 data, from the step on that comes next; never prepared, its order depends on the global batch alone
-    dataloader = iter(build_dataloader(dataset, args, accelerator, start_step=step))
+    dataloader = iter(build_dataloader(dataset, args, accelerator, step, cycle_steps=args.cache_rollouts))
+    rollouts = {}  # (step within the cycle, micro-batch) to (z, timesteps, end_timesteps, target), on the CPU
 
     # 6 trackers
     if accelerator.log_with:
@@ -307,24 +315,29 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         step_loss = torch.zeros((), device=accelerator.device)
-        for _ in range(args.gradient_accumulation_steps):
+        for micro_batch in range(args.gradient_accumulation_steps):
             batch = next(dataloader)
             with accelerator.accumulate(student):
-                latents = encode_images(vae, batch["pixel_values"])
                 conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                noise, slots = draw(args, step, batch["positions"], latents)
-                timesteps = student_times[slots]
-                end_timesteps = student_times[slots + 1] if args.target == "next" else torch.full_like(timesteps, -1)
-                z = schedule.add_noise(latents, noise, timesteps)
-                pure = (timesteps == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
-                z = torch.where(pure, noise, z)
-
-                with torch.no_grad(), accelerator.autocast():
-                    unet.disable_adapters()
-                    target = ddim_rollout(
-                        lambda z, t, c=conditioning: predict_guided(unet, z, t, c, unconditional, guidance_scale),
-                        schedule, z, timesteps, end_timesteps, args.num_ddim_steps)  # fmt: skip
-                    unet.enable_adapters()  # and on they stay, through the backward
+                key = (batch["step"], micro_batch)
+                if key in rollouts:
+                    z, timesteps, end_timesteps, target = (x.to(accelerator.device) for x in rollouts[key])
+                else:
+                    latents = encode_images(vae, batch["pixel_values"])
+                    noise, slots = draw(args, batch["step"], batch["positions"], latents)
+                    timesteps = student_times[slots]
+                    end_timesteps = student_times[slots + 1 if args.target == "next" else torch.full_like(slots, -1)]
+                    z = schedule.add_noise(latents, noise, timesteps)
+                    pure = (timesteps == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
+                    z = torch.where(pure, noise, z)
+                    with torch.no_grad(), accelerator.autocast():
+                        unet.disable_adapters()
+                        target = ddim_rollout(
+                            lambda z, t: predict_guided(unet, z, t, conditioning, unconditional, guidance_scale),
+                            schedule, z, timesteps, end_timesteps, args.num_ddim_steps)  # fmt: skip
+                        unet.enable_adapters()  # and on they stay, through the backward
+                    if args.cache_rollouts:
+                        rollouts[key] = tuple(x.cpu() for x in (z, timesteps, end_timesteps, target))
 
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)

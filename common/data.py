@@ -472,15 +472,26 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
     """Lists of (index, step, position) for this rank, one per micro-batch, from start_step until max_steps.
 
     The global batch of batch_size * num_processes * accumulation_steps samples is laid out by position; a sample's
-    count is step * batch + position, which falls into an epoch and a place in that epoch's permutation.
+    count is step * batch + position, which falls into an epoch and a place in that epoch's permutation. With
+    cycle_steps M, step s is step s mod M again: the same samples with the same randomness.
     """
 
     def __init__(
-        self, size, batch_size, accumulation_steps, process_index, num_processes, start_step, max_steps, seed
+        self,
+        size,
+        batch_size,
+        accumulation_steps,
+        process_index,
+        num_processes,
+        start_step,
+        max_steps,
+        seed,
+        cycle_steps=None,
     ):
         self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.start_step, self.max_steps, self.seed = start_step, max_steps, seed
+        self.cycle_steps = cycle_steps or max(max_steps, 1)
 
     def __len__(self):
         return max(self.max_steps - self.start_step, 0) * self.accumulation_steps
@@ -495,7 +506,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         def index_of(count):
             return count if self.size is None else int(permutation(count // self.size)[count % self.size])
 
-        for step in range(self.start_step, self.max_steps):
+        for step in (step % self.cycle_steps for step in range(self.start_step, self.max_steps)):
             for micro_batch in range(self.accumulation_steps):
                 first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
                 positions = range(first, first + self.batch_size)
@@ -514,11 +525,11 @@ def collate(samples):
     return batch
 
 
-def build_dataloader(dataset, args, accelerator, start_step):
+def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None):
     """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch."""
     steps = start_step, args.max_train_steps
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
-    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed)
+    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, cycle_steps)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=sampler,

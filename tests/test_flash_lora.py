@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_flash_lora
 from common.arguments import run_script
 from common.checkpoint import CheckpointError, checkpoints_in, save_checkpoint
-from common.diffusion import NoiseSchedule, student_scheduler
+from common.diffusion import NoiseSchedule, ddim_rollout, student_scheduler
 from common.models import encode_empty_prompt, encode_prompts, load_pipeline, predict, predict_guided
 from train_flash_lora import flash_loss
 
@@ -172,6 +172,24 @@ def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
     arguments = quick(pipelines, tmp_path, "--gradient_accumulation_steps", 4, "--batch_size", 1, steps=3)
     run_in_process(train_flash_lora, *arguments)
     assert_same(tmp_path / "lora" / "checkpoint-3", uninterrupted / "checkpoint-3", atol=2e-5, rtol=1e-3)
+
+
+def test_cached_rollouts_are_the_same_targets_again(pipelines, tmp_path, monkeypatch):
+    """A cycle of two steps computes two roll-outs, not six; a resumed run computes them again, alike."""
+    computed = []
+
+    def spy(*arguments):
+        computed.append(1)
+        return ddim_rollout(*arguments)
+
+    monkeypatch.setattr(train_flash_lora, "ddim_rollout", spy)
+    cached = ["--cache_rollouts", 2, "--checkpointing_steps", 3]
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path / "a", *cached, steps=6))
+    assert len(computed) == 2
+    shutil.copytree(tmp_path / "a/lora/checkpoint-3", tmp_path / "b/lora/checkpoint-3")
+    resumed = quick(pipelines, tmp_path / "b", *cached, "--resume_from_checkpoint", "latest", steps=6)
+    run_in_process(train_flash_lora, *resumed)
+    assert_same(tmp_path / "b/lora/checkpoint-6", tmp_path / "a/lora/checkpoint-6")
 
 
 def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
@@ -344,6 +362,7 @@ MISTAKES = [
     (["--lpips_trunk_path", "nowhere.pth"], "--lpips_trunk_path"),
     (["--loss", "lpips", "--lpips_trunk_path", "nowhere.pth"], "nowhere.pth"),
     (["--guidance_scale", "-1"], "--guidance_scale"),
+    (["--cache_rollouts", "-1"], "--cache_rollouts"),
     (["--lora_targets", "no_such_layer"], "--lora_targets"),
     (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
     (["--data_dir", "nowhere"], "nowhere"),
