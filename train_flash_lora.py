@@ -203,6 +203,7 @@ def export_fp16(folder, args):
 
 def main(args):
     check_arguments(args)
+    arguments.check_tracker(args)
     if args.cache_rollouts is None:
         args.cache_rollouts = 64 if args.pretrained_model_name_or_path is None else 0
     arguments.use_embedded_default(args)
@@ -363,7 +364,7 @@ def main(args):
         accelerator.log({**logs, "lr": learning_rate}, step=step)
         if args.validation_prompts and step % args.validation_steps == 0:
             validate()
-        if stop.requested(accelerator):
+        if stop.requested(accelerator) and step < args.max_train_steps:
             save()
             accelerator.print(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")
             accelerator.end_training()

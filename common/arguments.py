@@ -5,6 +5,8 @@ import math
 import os
 import sys
 
+from accelerate.tracking import get_available_trackers
+
 from common.checkpoint import CheckpointError
 from common.data import DataError
 from common.models import TINY_SD, ModelError
@@ -155,6 +157,15 @@ def use_embedded_default(args):
         raise UsageError(
             "--pretrained_model_name_or_path is given but no data: add --data_dir or --dataset_name "
             "(--dataset_name shapes asks for rendered shapes)."
+        )
+
+
+def check_tracker(args):
+    """UsageError where --report_to names a tracker that isn't installed: accelerate would find out much later."""
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    if args.report_to not in ("none", "all", *available):
+        raise UsageError(
+            f"--report_to {args.report_to}: not installed; there is {', '.join(available)}, all and none."
         )
 
 
