@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common.models import decode_latents
+
 
 @torch.no_grad()
 def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_scale, resolution, seed=0, num_images=1):
@@ -24,16 +26,12 @@ def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_sc
             rows = []
             for prompt in prompts:
                 generators = [torch.Generator().manual_seed(seed * 1000 + j) for j in range(num_images)]
-                rows.append(
-                    pipeline(
-                        [prompt] * num_images,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale,
-                        height=resolution,
-                        width=resolution,
-                        generator=generators,
-                    ).images  # fmt: skip
-                )
+                latents = pipeline(
+                    [prompt] * num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                    height=resolution, width=resolution, generator=generators, output_type="latent").images  # fmt: skip
+                with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
+                    pixels = decode_latents(pipeline.vae, latents)
+                rows.append(pipeline.image_processor.postprocess(pixels, output_type="pil"))
             return rows
     finally:
         pipeline.scheduler = own_scheduler

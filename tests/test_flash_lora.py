@@ -363,6 +363,7 @@ MISTAKES = [
     (["--loss", "lpips", "--lpips_trunk_path", "nowhere.pth"], "nowhere.pth"),
     (["--guidance_scale", "-1"], "--guidance_scale"),
     (["--cache_rollouts", "-1"], "--cache_rollouts"),
+    (["--report_to", "no_such_tracker"], "--report_to"),
     (["--lora_targets", "no_such_layer"], "--lora_targets"),
     (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
     (["--data_dir", "nowhere"], "nowhere"),
