@@ -27,8 +27,14 @@ def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_sc
             for prompt in prompts:
                 generators = [torch.Generator().manual_seed(seed * 1000 + j) for j in range(num_images)]
                 latents = pipeline(
-                    [prompt] * num_images, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                    height=resolution, width=resolution, generator=generators, output_type="latent").images  # fmt: skip
+                    [prompt] * num_images,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=resolution,
+                    width=resolution,
+                    generator=generators,
+                    output_type="latent",
+                ).images
                 with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
                     pixels = decode_latents(pipeline.vae, latents)
                 rows.append(pipeline.image_processor.postprocess(pixels, output_type="pil"))
