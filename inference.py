@@ -304,7 +304,7 @@ def load_model(path, args, lora=None):
 def load_lora(pipeline, path, args):
     """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
     try:
-        pipeline.load_lora_weights(path, adapter_name="student")
+        pipeline.load_lora_weights(path, adapter_name="student", use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UsageError(f"--lora_path {path}: it does not load on this pipeline ({first})") from None

@@ -35,7 +35,6 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 from common import shapes
 from common.data import sample_generator
-from common.diffusion import student_timesteps
 from common.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy, shapes_real_features
 from common.models import load_pipeline, read_distillation
 from common.validation import write_distillation
@@ -317,7 +316,10 @@ def save_part(checkpoint, step, objective, ema, optimizer):
     save_file({k: v.contiguous() for k, v in ema.items()}, temporary / "ema.safetensors")
     torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
     (temporary / "state.json").write_text(json.dumps({"step": step}))
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    older = checkpoint.with_name(".checkpoint.old")
+    shutil.rmtree(older, ignore_errors=True)
+    if checkpoint.exists():
+        os.replace(checkpoint, older)
     os.replace(temporary, checkpoint)
 
 
@@ -405,8 +407,7 @@ def write_pipeline(args, accelerator, tokenizer):
         accelerator.print(f"guidance scale {guidance_scale:g}: scene accuracy {found[guidance_scale]:.3f}", flush=True)
     if accelerator.is_main_process:
         best = max(found, key=found.get)
-        timesteps = student_timesteps(pipeline.scheduler, 50)
-        write_distillation(folder, method="prepare_tiny_sd", parent=None, steps=50, timesteps=timesteps,
+        write_distillation(folder, method="prepare_tiny_sd", parent=None, steps=None, timesteps=None,
                            guidance="cfg", guidance_scale=best, target=None)  # fmt: skip
         (Path(args.work_dir) / "guidance.json").write_text(json.dumps(found) + "\n")
 

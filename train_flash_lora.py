@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none",
         help="weight of a timestep's error in x0: 1, SNR, or max(SNR, 1)")  # fmt: skip
     add("--lpips_trunk_path", help="VGG-16 weights for --loss lpips (default: torchvision's download)")
-    add("--cache_rollouts", type=int,
+    add("--cache_rollouts", type=arguments.natural,
         help="compute the teacher's roll-outs of so many optimizer steps, keep them in memory, and cycle over them: "
              "a step then costs one student pass (default: 64 for the embedded default, else 0: never)")  # fmt: skip
     add("--lora_rank", type=arguments.positive_int, default=4, help="rank of the adapters")
@@ -118,8 +118,8 @@ def check_arguments(args):
         raise UsageError(f"--lpips_trunk_path {args.lpips_trunk_path}: there is no such file.")
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
-    if args.cache_rollouts is not None and args.cache_rollouts < 0:
-        raise UsageError(f"--cache_rollouts {args.cache_rollouts} is negative.")
+    if args.num_inference_steps > 1000:
+        raise UsageError(f"--num_inference_steps {args.num_inference_steps} is more than the model's 1000 timesteps.")
     if args.use_8bit_adam and not torch.cuda.is_available():
         raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -222,7 +222,7 @@ def main(args):
         raise UsageError("train_flash_lora.py runs under DDP only: its UNet is student and teacher by turns, and a "
                          "LoRA has little to shard; launch it with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    identity = arguments.resume_identity(args)
+    identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
     # Where: refuse another run's folder, find the checkpoint to resume, on every rank alike, before models load.
     checkpoint = find_checkpoint(folder, args.resume_from_checkpoint)
@@ -258,7 +258,10 @@ def main(args):
     for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise UsageError(f"--lora_targets {target}: the UNet has no layer of that name.")
-    unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets))
+    try:
+        unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets))
+    except ValueError as error:
+        raise UsageError(f"--lora_targets: {str(error).splitlines()[0]}") from None
     cast_training_params(unet, dtype=torch.float32)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

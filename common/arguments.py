@@ -48,6 +48,13 @@ def positive_int(text):
     return value
 
 
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def positive_float(text):
     value = float(text)
     if not 0 < value < float("inf"):
@@ -83,7 +90,7 @@ def add_data_arguments(parser):
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--max_train_samples", type=positive_int, help="use only the first so many samples")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that load images, per rank")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that load images, per rank")
     return group
 
 
@@ -97,10 +104,10 @@ def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_t
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
     add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant",
         help="after the warm-up: constant, or down to 0 at --max_train_steps")  # fmt: skip
-    add("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up")
+    add("--lr_warmup_steps", type=natural, default=0, help="steps of linear warm-up")
     add("--adam_beta1", type=fraction, default=0.9, help="AdamW")
     add("--adam_beta2", type=fraction, default=0.999, help="AdamW")
-    add("--adam_weight_decay", type=float, default=0.0, help="AdamW")
+    add("--adam_weight_decay", type=fraction, default=0.0, help="AdamW")
     add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW")
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradient norm is clipped to this")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit: saves memory (CUDA)")
@@ -133,7 +140,7 @@ def add_validation_arguments(parser):
 def add_runtime_arguments(parser):
     group = parser.add_argument_group("runtime")
     add = group.add_argument
-    add("--seed", type=int, default=0, help="everything random derives from it")
+    add("--seed", type=natural, default=0, help="everything random derives from it")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--torch_compile", action="store_true", help="compile the UNet")
@@ -191,6 +198,7 @@ def run_script(main, args):
     try:
         main(args)
     except (UsageError, ModelError, DataError, CheckpointError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
+        print(f"error: {error}{where}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -56,7 +56,8 @@ def refuse_other_run(folder, checkpoint, overwrite):
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output_dir: {folder} is a file, not a folder.")
     held = _run_folders(folder)
-    if held and checkpoint is None and not overwrite:
+    elsewhere = checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve()
+    if held and elsewhere and not overwrite:
         raise CheckpointError(
             f"{folder} already holds a run ({held[0].name}): continue it with --resume_from_checkpoint latest, "
             "start another with --run_name or --output_dir, or discard it with --overwrite_output_dir."
@@ -64,14 +65,32 @@ def refuse_other_run(folder, checkpoint, overwrite):
 
 
 def make_folder(folder, checkpoint):
-    """Make the run's folder; empty it of torn saves and, on a fresh start, of an overwritten run. One process only."""
+    """Make the run's folder, without torn saves and without what the run (re)started here will write again.
+
+    A fresh start discards an overwritten run; resuming an older checkpoint discards the later ones. One process only.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"--output_dir: {folder} can't be made ({error.strerror}).") from None
-    for path in [*folder.glob(".*.tmp"), *([] if checkpoint else _run_folders(folder))]:
+    stale = [] if checkpoint else _run_folders(folder)
+    if checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
+        resumed = json.loads((Path(checkpoint) / STATE).read_text())["step"]
+        stale = [path for path in folder.glob("checkpoint-*") if not (path / STATE).is_file()]
+        stale += [path for step, path in checkpoints_in(folder) if step > resumed]
+    for path in stale:
+        _remove(path)
+    for path in folder.glob(".*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path):
+    """Delete a visible folder: hidden first, so that a kill in between leaves nothing that looks complete."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _run_folders(folder):
@@ -113,7 +132,7 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, tot
         os.replace(temporary, final)
         if total_limit is not None:
             for _, path in checkpoints_in(folder)[: -max(total_limit, 1)]:
-                shutil.rmtree(path)
+                _remove(path)
     accelerator.wait_for_everyone()
     return final
 

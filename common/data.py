@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+import signal
 import tarfile
 from pathlib import Path
 
@@ -525,6 +526,12 @@ def collate(samples):
     return batch
 
 
+def ignore_signals(worker):
+    """Loader workers leave SIGTERM and SIGINT to the trainer, which saves at the next step and then ends them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None):
     """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch."""
     steps = start_step, args.max_train_steps
@@ -535,6 +542,7 @@ def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None):
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_signals,
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator().manual_seed(args.seed),  # else a loader's start would draw from the global one

@@ -131,7 +131,11 @@ def read_distillation(path):
     file = Path(path) / "distillation.json"
     if not file.is_file():
         return {"guidance": "cfg", "guidance_scale": 7.5}
-    return json.loads(file.read_text())
+    try:
+        contract = json.loads(file.read_text())
+        return {**contract, "guidance": contract["guidance"], "guidance_scale": float(contract["guidance_scale"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} can't be read: {_first(error)}.") from None
 
 
 @torch.no_grad()

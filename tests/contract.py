@@ -12,7 +12,7 @@ from common.models import encode_empty_prompt, encode_prompts, predict, predict_
 @torch.no_grad()
 def assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference_steps, generators):
     """Latents as training imagines inference: target x0 re-noises each prediction, next takes DDIM steps."""
-    schedule = NoiseSchedule(scheduler)
+    schedule = NoiseSchedule(pipeline.scheduler)  # the teacher's: what training has at hand
     conditioning, z = encode_prompts(pipeline, prompts, 32), noise
     times = [*student_timesteps(scheduler, num_inference_steps), -1]
     for now, after in zip(times[:-1], times[1:]):
@@ -37,6 +37,8 @@ def assert_contract(pipeline, scheduler, contract, num_inference_steps, toleranc
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     generators = [[torch.Generator().manual_seed(seed) for seed in (2, 3)] for _ in range(2)]
     assumed = assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference_steps, generators[0])
+    if contract.get("timesteps") and len(contract["timesteps"]) == num_inference_steps:
+        assert contract["timesteps"] == student_timesteps(scheduler, num_inference_steps)
     pipeline.scheduler = type(scheduler).from_config(scheduler.config)
     stock = pipeline(
         prompts, num_inference_steps=num_inference_steps, guidance_scale=contract["guidance_scale"], height=32,
