@@ -73,11 +73,10 @@ def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps):
 
     tau_j = round((t + 1) + (end - t) j / K) - 1, which is round((t + 1)(1 - j / K)) - 1 for end = -1.
     """
-    fractions = (
-        torch.arange(num_ddim_steps + 1, device=timesteps.device, dtype=torch.float64)[:, None] / num_ddim_steps
-    )
-    start, end = timesteps[None].double(), end_timesteps[None].double()
-    return ((start + 1) + (end - start) * fractions).round().long() - 1
+    # On the CPU: in float64, which Apple's GPUs don't have.
+    fractions = torch.arange(num_ddim_steps + 1, dtype=torch.float64)[:, None] / num_ddim_steps
+    start, end = timesteps[None].cpu().double(), end_timesteps[None].cpu().double()
+    return (((start + 1) + (end - start) * fractions).round().long() - 1).to(timesteps.device)
 
 
 def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps):
