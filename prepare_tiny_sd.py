@@ -53,6 +53,7 @@ def parse_args():
     parser.add_argument("--vae_steps", type=int, default=4250)
     parser.add_argument("--unet_steps", type=int, default=4200)
     parser.add_argument("--decoder_steps", type=int, default=1000)
+    parser.add_argument("--report_captions", type=int, default=2000, help="judge this many held-out captions")
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -412,12 +413,13 @@ def write_pipeline(args, accelerator, tokenizer):
         (Path(args.work_dir) / "guidance.json").write_text(json.dumps(found) + "\n")
 
 
-def report(args, accelerator, count=2000):
+def report(args, accelerator):
     """Every figure of docs/tiny-sd.md, on the held-out captions, with 95 % bootstrap intervals: report.json."""
     output = Path(args.output_dir)
     reader, judge = SceneReader.from_pretrained(output / "tiny-reader"), ClipJudge(output / "tiny-clip")
     pipeline = load_pipeline(output / "tiny-sd").to(accelerator.device)
     guidance_scale = read_distillation(output / "tiny-sd")["guidance_scale"]
+    count = args.report_captions
     captions = shapes.held_out_captions(count)
     images = teacher_images(pipeline, captions, 50, guidance_scale, accelerator)
     if not accelerator.is_main_process:
