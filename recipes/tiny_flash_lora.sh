@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 processes=1 config=accelerate_configs/single_gpu.yaml
 if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
     config=accelerate_configs/cpu.yaml
-    [ "$(nproc)" -lt 2 ] || processes=2
+    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
 fi
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
     --mixed_precision no train_flash_lora.py \
