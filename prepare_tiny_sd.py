@@ -5,8 +5,8 @@ Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU
     reader   tiny-reader, a convolutional classifier of every attribute of a scene
     clip     tiny-clip, a CLIPModel; each image sees hard negatives (one attribute changed, colours or objects swapped)
     vae      AutoencoderKL: 32x32 pixels to 4x8x8 latents
-    decoder  the VAE's decoder alone goes on, on slightly noisy latents: the latents stay as the UNet knows them
     unet     the text encoder and the UNet, together, epsilon-prediction with min-SNR weights
+    decoder  the VAE's decoder alone goes on, on slightly noisy latents: the latents stay as the UNet knows them
     pipeline writes assets/tiny-sd and measures its best guidance scale
     report   every figure of docs/tiny-sd.md
 

@@ -1,7 +1,8 @@
 """Checkpoints: atomic checkpoint-N folders, resume, retention, signals, and folders that hold one run each.
 
-A checkpoint is visible only when it is complete: all ranks write into a hidden folder, rank 0 renames it. Nothing
-random is stored, because everything random is derived from (seed, step, index); see common/data.py.
+A checkpoint is visible only when it is complete: all ranks write into a hidden folder, rank 0 renames it. The
+random states that accelerate stores with it decide nothing: everything random is derived from (seed, step, index); see
+common/data.py.
 """
 
 import json
