@@ -3,6 +3,7 @@
 Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU or a CPU:
 
     reader   tiny-reader, a convolutional classifier of every attribute of a scene
+    vision   tiny-clip's vision tower alone learns to read attributes: contrast alone teaches it shapes slowly
     clip     tiny-clip, a CLIPModel; each image sees hard negatives (one attribute changed, colours or objects swapped)
     vae      AutoencoderKL: 32x32 pixels to 4x8x8 latents
     unet     the text encoder and the UNet, together, epsilon-prediction with min-SNR weights
@@ -39,7 +40,7 @@ from common.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy,
 from common.models import load_pipeline, read_distillation
 from common.validation import write_distillation
 
-PARTS = ("reader", "clip", "vae", "unet", "decoder", "pipeline", "report")
+PARTS = ("reader", "vision", "clip", "vae", "unet", "decoder", "pipeline", "report")
 MAX_TOKENS = 20
 
 
@@ -49,10 +50,13 @@ def parse_args():
     parser.add_argument("--output_dir", default="assets")
     parser.add_argument("--work_dir", default="outputs/tiny_sd", help="checkpoints and sample grids")
     parser.add_argument("--reader_steps", type=int, default=2000)
-    parser.add_argument("--clip_steps", type=int, default=5000)
+    parser.add_argument("--vision_steps", type=int, default=2500)
+    parser.add_argument("--clip_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4250)
     parser.add_argument("--unet_steps", type=int, default=4200)
     parser.add_argument("--decoder_steps", type=int, default=1000)
+    parser.add_argument("--latents", type=int, default=32768, help="training scenes encoded for the UNet")
+    parser.add_argument("--guidance_captions", type=int, default=300, help="choose guidance on so many captions")
     parser.add_argument("--report_captions", type=int, default=2000, help="judge this many held-out captions")
     parser.add_argument("--checkpointing_steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,42 +125,66 @@ class ReaderObjective(nn.Module):
 class ClipObjective(nn.Module):
     """Contrastive loss: each image against all captions of the batch and hard negatives of each; and back.
 
-    The hard negatives are every other shape of either object (what a patch of four pixels sees worst) and a few of the
-    other kinds. Linear heads read the attributes from the image embedding while training; they are not kept.
+    Linear heads read the attributes from the vision tower while training; they are not kept.
     """
 
-    NEGATIVES = 14
+    NEGATIVES = 7
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, weights=None):
         super().__init__()
         text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
                     num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
                       image_size=shapes.IMAGE_SIZE, patch_size=4)  # fmt: skip
         self.model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
-        self.heads = nn.ModuleDict({name: nn.Linear(96, classes) for name, classes in shapes.ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in shapes.ATTRIBUTES.items()})
         self.tokenizer = tokenizer
+        if weights is not None:
+            self.load_state_dict({k: v for k, v in weights.items() if not k.startswith("patch_heads.")})
 
     def forward(self, seed, step, indices, device):
         pixels, scenes = rendered(seed, indices)
         captions = [shapes.caption_of(scene) for scene in scenes]
         for scene, index in zip(scenes, indices):
-            others = shapes.hard_negatives(scene, np.random.default_rng([seed, 1, int(index)]), 32)
-            others.sort(key=lambda other, scene=scene: not differs_in_shape(scene, shapes.scene_of(other)))
-            captions += others[: self.NEGATIVES]
-        outputs = self.model(input_ids=tokenize(self.tokenizer, captions).to(device), pixel_values=pixels.to(device))
-        logits = outputs.logits_per_image  # (B, B + about B * NEGATIVES)
+            captions += shapes.hard_negatives(scene, np.random.default_rng([seed, 1, int(index)]), self.NEGATIVES)
+        pooled = self.model.vision_model(pixel_values=pixels.to(device)).pooler_output
+        texts = self.model.get_text_features(tokenize(self.tokenizer, captions).to(device)).pooler_output
+        images = F.normalize(self.model.visual_projection(pooled), dim=-1)
+        logits = self.model.logit_scale.exp() * images @ F.normalize(texts, dim=-1).T  # (B, B + about B * NEGATIVES)
         target = torch.arange(len(scenes), device=device)
         loss = F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits[:, : len(scenes)].T, target)
-        pooled = outputs.vision_model_output.pooler_output
         return loss + attribute_loss({name: head(pooled) for name, head in self.heads.items()}, scenes, device)
 
 
-def differs_in_shape(scene, other):
-    """Whether only the shape of one object differs."""
-    different = [name for name, a, b in zip(shapes.ATTRIBUTES, scene, other) if a != b]
-    return different in (["shape"], ["shape2"])
+class VisionObjective(ClipObjective):
+    """The vision tower alone: every attribute from the pooled output, and an object's own from each patch it covers.
+
+    The patches' loss makes the tower look at a patch's neighbours, which is where shapes are; the rest follows.
+    """
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.model.requires_grad_(False)
+        self.model.vision_model.requires_grad_(True)
+        names = list(shapes.ATTRIBUTES)[2:5]
+        self.patch_heads = nn.ModuleDict({name: nn.Linear(128, shapes.ATTRIBUTES[name]) for name in names})
+
+    def forward(self, seed, step, indices, device):
+        pixels, scenes = rendered(seed, indices)
+        pixels, labels = pixels.to(device), torch.tensor(scenes, device=device)
+        outputs = self.model.vision_model(pixel_values=pixels)
+        pooled, patches = outputs.pooler_output, outputs.last_hidden_state[:, 1:]
+        objects = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True).gt(0.02).float()
+        covered = F.avg_pool2d(objects, 4).flatten(1) > 0.2
+        # Two objects keep to their halves, the upper and lower one ("above") or the left and right one.
+        relation, patch = labels[:, 1:2], torch.arange(64, device=device)
+        second = torch.where(relation == 1, patch // 8 >= 4, patch % 8 >= 4) & (relation > 0)
+        loss = attribute_loss({name: head(pooled) for name, head in self.heads.items()}, scenes, device)
+        for position, head in enumerate(self.patch_heads.values(), start=2):
+            label = torch.where(second, labels[:, position + 3, None], labels[:, position, None])
+            loss = loss + F.cross_entropy(head(patches[covered]), label[covered])
+        return loss
 
 
 def attribute_loss(logits, scenes, device):
@@ -351,7 +379,7 @@ def load_vae(args, device, part="vae"):
     objective = VaeObjective()
     objective.load_state_dict(load_file(Path(args.work_dir) / part / "checkpoint/ema.safetensors"))
     vae = objective.model.to(device).eval().requires_grad_(False)
-    pixels = rendered(args.seed, range(1000))[0]
+    pixels = rendered(args.seed, range(min(1000, args.latents)))[0]
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in pixels.split(100)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
@@ -359,13 +387,14 @@ def load_vae(args, device, part="vae"):
 
 
 @torch.no_grad()
-def cached_latents(args, vae, accelerator, seed, count=32768):
-    """Scaled latents (count, 4, 8, 8) of training scenes 0 to count - 1: encoded once, kept in the work folder."""
-    file = Path(args.work_dir) / "latents.safetensors"
+def cached_latents(args, vae, accelerator, seed):
+    """Scaled latents (M, 4, 8, 8) of training scenes 0 to M - 1: encoded once, kept in the work folder."""
+    # The scaling factor tells one VAE from another.
+    file = Path(args.work_dir) / f"latents-{seed}-{args.latents}-{vae.config.scaling_factor}.safetensors"
     if accelerator.is_main_process and not file.is_file():
         parts = []
-        for start in tqdm(range(0, count, 64), desc="latents"):
-            pixels = rendered(seed, range(start, start + 64))[0].to(accelerator.device)
+        for start in tqdm(range(0, args.latents, 64), desc="latents"):
+            pixels = rendered(seed, range(start, min(start + 64, args.latents)))[0].to(accelerator.device)
             parts.append(vae.encode(pixels).latent_dist.mean.cpu() * vae.config.scaling_factor)
         save_file({"latents": torch.cat(parts).contiguous()}, file)
     accelerator.wait_for_everyone()
@@ -390,7 +419,7 @@ def teacher_images(pipeline, captions, steps, guidance_scale, accelerator, batch
 
 
 def write_pipeline(args, accelerator, tokenizer):
-    """assets/tiny-sd, and beside it the guidance scale that reads best on 300 training captions, by tiny-reader."""
+    """assets/tiny-sd, and beside it the guidance scale that reads best on training captions, by tiny-reader."""
     objective, vae = UNetObjective(tokenizer), load_vae(args, accelerator.device, "decoder")
     objective.load_state_dict(load_file(Path(args.work_dir) / "unet/checkpoint/ema.safetensors"))
     folder = Path(args.output_dir) / "tiny-sd"
@@ -400,7 +429,7 @@ def write_pipeline(args, accelerator, tokenizer):
     accelerator.wait_for_everyone()
     pipeline.to(accelerator.device, torch.float32)
     reader = SceneReader.from_pretrained(Path(args.output_dir) / "tiny-reader")
-    captions = [shapes.caption_of(shapes.training_scene(args.seed + 100, i)[0]) for i in range(300)]
+    captions = [shapes.caption_of(shapes.training_scene(args.seed + 100, i)[0]) for i in range(args.guidance_captions)]
     found = {}
     for guidance_scale in (1.5, 2.0, 3.0, 4.0, 6.0):
         pixels = teacher_images(pipeline, captions, 50, guidance_scale, accelerator)
@@ -456,8 +485,12 @@ def main():
     if "reader" in args.parts:
         reader = train_part("reader", ReaderObjective(), args.reader_steps, 64, 1e-3, args, accelerator)
         reader.model.save_pretrained(output / "tiny-reader")
+    if "vision" in args.parts:
+        train_part("vision", VisionObjective(tokenizer), args.vision_steps, 64, 1e-3, args, accelerator)
     if "clip" in args.parts:
-        clip = train_part("clip", ClipObjective(tokenizer), args.clip_steps, 32, 1e-3, args, accelerator)
+        vision = load_file(Path(args.work_dir) / "vision/checkpoint/ema.safetensors")
+        objective = ClipObjective(tokenizer, vision)
+        clip = train_part("clip", objective, args.clip_steps, 32, 5e-4, args, accelerator)
         clip.model.half().save_pretrained(output / "tiny-clip")
         tokenizer.save_pretrained(output / "tiny-clip")
     if "vae" in args.parts:
