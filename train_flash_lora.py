@@ -18,11 +18,12 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -37,6 +38,7 @@ from common.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     make_folder,
+    planned_steps,
     refuse_other_run,
     save_checkpoint,
 )
@@ -59,6 +61,8 @@ from common.models import (
 )
 from common.validation import log_images, sample_images, write_distillation, write_model_card
 
+LPIPS_CROP = 32  # latents per side that --loss lpips decodes: 256 pixels, as a whole image would need too much memory
+
 
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
@@ -70,7 +74,11 @@ def parse_args(argv=None):
     add("--guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add("--target", choices=("x0", "next"), default="x0",
         help="the teacher's clean latents (for LCM), or its latents at the next student timestep (DDIM)")  # fmt: skip
-    add("--loss", choices=("l2", "huber", "lpips"), default="huber", help="distance d")
+    add("--loss", choices=("l2", "huber", "lpips"), default="huber",
+        help="distance d; lpips compares decoded crops")  # fmt: skip
+    add("--timestep_probs", type=arguments.positive_float, nargs="+",
+        help="how often each of the N student timesteps is drawn, noisiest first, such as 0.4 0.2 0.2 0.2: the first "
+             "step has the most to learn (default: all alike)")  # fmt: skip
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none",
         help="weight of a timestep's error in x0: 1, SNR, or max(SNR, 1)")  # fmt: skip
     add("--lpips_trunk_path", help="VGG-16 weights for --loss lpips (default: torchvision's download)")
@@ -108,6 +116,24 @@ def flash_loss(output, z, timesteps, target, end_timesteps, schedule, loss="l2",
     return distance.mean()
 
 
+def decoded_lpips(network, vae, x0, target, seed, step, positions):
+    """LPIPS (B,) of two clean latents (B, C, H, W), decoded; of larger ones a random crop, the same of both.
+
+    A crop is drawn from its sample's own generator by global position, so it is the same on any rank and on resume.
+    """
+    height, width = (min(LPIPS_CROP, size) for size in x0.shape[-2:])
+    crops, target_crops = [], []
+    for position, z, z_target in zip(positions, x0, target):
+        generator = sample_generator(seed, step, position, stream=3)
+        y = torch.randint(z.shape[-2] - height + 1, (), generator=generator).item()
+        x = torch.randint(z.shape[-1] - width + 1, (), generator=generator).item()
+        crops.append(z[:, y : y + height, x : x + width])
+        target_crops.append(z_target[:, y : y + height, x : x + width])
+    with torch.no_grad():
+        target_pixels = decode_latents(vae, torch.stack(target_crops))
+    return network(decode_latents(vae, torch.stack(crops)), target_pixels).flatten()
+
+
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work."""
     if args.loss_weighting != "none" and args.target == "next":
@@ -120,10 +146,16 @@ def check_arguments(args):
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
     if args.num_inference_steps > 1000:
         raise UsageError(f"--num_inference_steps {args.num_inference_steps} is more than the model's 1000 timesteps.")
-    if args.use_8bit_adam and not torch.cuda.is_available():
+    if args.timestep_probs is not None and len(args.timestep_probs) != args.num_inference_steps:
+        raise UsageError(f"--timestep_probs has {len(args.timestep_probs)} numbers; the student has "
+                         f"--num_inference_steps {args.num_inference_steps}.")  # fmt: skip
+    # What `accelerate launch` was told reaches a script through the environment.
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if args.use_8bit_adam and not cuda:
         raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("--mixed_precision fp16 needs a GPU: use bf16 or no.")
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision == "fp16" and not cuda:
+        raise UsageError("--mixed_precision fp16, here or at accelerate launch, needs a CUDA GPU: use bf16 or no.")
 
 
 def teacher_guidance(args):
@@ -142,9 +174,10 @@ def teacher_guidance(args):
 def draw(args, step, positions, latents):
     """Per-sample randomness by global position: noise like latents, and indices into the student's timesteps (B,)."""
     noise, slots = [], []
+    probs = torch.tensor(args.timestep_probs or [1.0] * args.num_inference_steps)
     for position in positions:
         generator = sample_generator(args.seed, step, position)
-        slots.append(torch.randint(args.num_inference_steps, (), generator=generator))
+        slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     return torch.stack(noise).to(latents.device), torch.stack(slots).to(latents.device)
 
@@ -236,6 +269,12 @@ def main(args):
         accelerator.print(
             f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {folder}: a fresh start."
         )
+    planned = planned_steps(checkpoint) if checkpoint else None
+    if args.lr_scheduler != "constant" and planned not in (None, args.max_train_steps):
+        accelerator.print(
+            f"warning: --lr_scheduler {args.lr_scheduler} was planned for {planned} steps and now ends at "
+            f"{args.max_train_steps}: from step {step} on the learning rate is that of the new length."
+        )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     stop = StopSignal()
     set_seed(args.seed)  # the LoRA's initialisation; nothing after it draws a global random number
@@ -272,10 +311,9 @@ def main(args):
     lpips = None
     if args.loss == "lpips":
         try:
-            network = load_lpips(args.lpips_trunk_path).to(accelerator.device)
+            lpips = load_lpips(args.lpips_trunk_path).to(accelerator.device)
         except (ValueError, OSError) as error:
             raise UsageError(f"--loss lpips: {error}") from None
-        lpips = lambda a, b: network(decode_latents(vae, a), decode_latents(vae, b)).flatten()  # noqa: E731
 
     # 3 optimizer
     optimizer_class = torch.optim.AdamW
@@ -311,7 +349,9 @@ def main(args):
         accelerator.wait_for_everyone()
 
     def save():
-        save_checkpoint(accelerator, folder, step, identity, global_batch_size, args.checkpoints_total_limit)
+        save_checkpoint(
+            accelerator, folder, step, identity, global_batch_size, args.max_train_steps, args.checkpoints_total_limit
+        )
 
     bar = tqdm(total=args.max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
     while step < args.max_train_steps:
@@ -345,8 +385,9 @@ def main(args):
 
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)
-                loss = flash_loss(output, z, timesteps, target, end_timesteps, schedule, args.loss,
-                                  args.loss_weighting, lpips)  # fmt: skip
+                loss = flash_loss(
+                    output, z, timesteps, target, end_timesteps, schedule, args.loss, args.loss_weighting,
+                    lambda a, b: decoded_lpips(lpips, vae, a, b, args.seed, step, batch["positions"]))  # fmt: skip
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:

@@ -1,8 +1,7 @@
 """Checkpoints: atomic checkpoint-N folders, resume, retention, signals, and folders that hold one run each.
 
-A checkpoint is visible only when it is complete: all ranks write into a hidden folder, rank 0 renames it. The
-random states that accelerate stores with it decide nothing: everything random is derived from (seed, step, index); see
-common/data.py.
+A checkpoint is visible only when it is complete: all ranks write into a hidden folder, rank 0 renames it. It holds no
+random states: everything random is derived from (seed, step, index); see common/data.py.
 """
 
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-STATE = "state.json"  # {step, arguments, global_batch_size}: written last, so its presence means complete
+STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments}: written last: it marks a complete one
 
 
 class CheckpointError(ValueError):
@@ -115,7 +114,12 @@ def check_same_run(checkpoint, arguments, global_batch_size):
     return state["step"]
 
 
-def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, total_limit=None):
+def planned_steps(checkpoint):
+    """The --max_train_steps of the run that wrote `checkpoint`, or None where an older version wrote it."""
+    return json.loads((Path(checkpoint) / STATE).read_text()).get("max_train_steps")
+
+
+def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max_train_steps, total_limit=None):
     """Write checkpoint-`step` atomically, then prune to `total_limit`. Every rank must call it."""
     final = Path(folder) / f"checkpoint-{step}"
     temporary = Path(folder) / f".checkpoint-{step}.tmp"
@@ -128,7 +132,10 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, tot
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {"step": step, "global_batch_size": global_batch_size, "arguments": arguments}
+        for path in temporary.glob("random_states_*.pkl"):  # accelerate's, and a pickle that nobody needs
+            path.unlink()
+        state = {"step": step, "max_train_steps": max_train_steps, "global_batch_size": global_batch_size,
+                 "arguments": arguments}  # fmt: skip
         (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
         os.replace(temporary, final)
         if total_limit is not None:

@@ -12,9 +12,14 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class NoiseSchedule:
-    """alpha_t and sigma_t of a diffusers scheduler (read from its config), indexed by integer timesteps."""
+    """alpha_t and sigma_t of a diffusers scheduler (read from its config), indexed by integer timesteps.
+
+    Raises ValueError for a scheduler without alphas_cumprod (EDM, flow matching) or of another prediction_type.
+    """
 
     def __init__(self, scheduler, device="cpu"):
+        if not hasattr(scheduler, "alphas_cumprod"):  # DDPMScheduler would give such a config its own default betas
+            raise ValueError(f"the scheduler, {type(scheduler).__name__}, has no betas (EDM or flow matching)")
         config = DDPMScheduler.from_config(scheduler.config)
         self.num_train_timesteps = config.config.num_train_timesteps
         self.prediction_type = scheduler.config.get("prediction_type", "epsilon")

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -18,6 +19,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+
+from common.diffusion import NoiseSchedule
 
 TINY_SD = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
 
@@ -74,7 +77,8 @@ def read_pipeline_config(path, revision=None):
     """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
 
     The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
-    --pretrained_model_name_or_path, where there is no pipeline of a known class: before gigabytes are loaded.
+    --pretrained_model_name_or_path, where there is no pipeline of a known class or its scheduler has no
+    NoiseSchedule: before gigabytes are loaded.
     """
     where = f"--pretrained_model_name_or_path {path}"
     folder = Path(path)
@@ -83,13 +87,19 @@ def read_pipeline_config(path, revision=None):
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise ModelError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
     try:
-        name = DiffusionPipeline.load_config(path, revision=revision)["_class_name"]
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        name = index["_class_name"]
         if name not in PIPELINES:
             raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(PIPELINES)}.")
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
         vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        scheduler_class = getattr(diffusers, index["scheduler"][-1])
+    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(f"{where}: its config files can't be read ({_first(error)})") from None
+    try:
+        NoiseSchedule(scheduler_class.from_pretrained(path, subfolder="scheduler", revision=revision))
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        raise ModelError(f"{where}: {_first(error)}.") from None
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return PIPELINES[name], unet["sample_size"] * factor, factor
 

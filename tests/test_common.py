@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -19,6 +20,7 @@ from common.checkpoint import (
     checkpoints_in,
     find_checkpoint,
     make_folder,
+    planned_steps,
     refuse_other_run,
 )
 from common.ema import EMA, copy_tensors
@@ -119,6 +121,12 @@ def test_a_run_is_continued_only_with_the_same_maths(tmp_path):
         check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 8)
 
 
+def test_planned_steps_of_an_older_checkpoint_are_unknown(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    make_checkpoint(tmp_path, 6, max_train_steps=12)
+    assert planned_steps(tmp_path / "checkpoint-5") is None and planned_steps(tmp_path / "checkpoint-6") == 12
+
+
 def test_another_runs_folder_is_refused_or_discarded(tmp_path):
     make_checkpoint(tmp_path, 5)
     (tmp_path / "notes.txt").write_text("mine")
@@ -202,6 +210,28 @@ def test_what_is_no_pipeline_is_one_sentence(tmp_path, pipelines):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0"}))
     with pytest.raises(ModelError, match="it is a FluxPipeline"):
         read_pipeline_config(tmp_path)
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+NO_BETAS = [
+    ("EDMEulerScheduler", {}, "EDMEulerScheduler, has no betas"),
+    ("FlowMatchEulerDiscreteScheduler", {}, "FlowMatchEulerDiscreteScheduler, has no betas"),
+    ("DPMSolverMultistepScheduler", FLOW, "prediction_type is 'flow_prediction'"),
+    ("DDIMScheduler", {"beta_schedule": "no_such"}, "no_such"),
+    ("NoSuchScheduler", {}, "NoSuchScheduler"),
+]
+
+
+@pytest.mark.parametrize("name, config, said", NO_BETAS, ids=[name for name, _, _ in NO_BETAS])
+def test_other_noise_schedules_are_refused_before_weights_load(tmp_path, pipelines, name, config, said):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipelines(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", name]}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **config}))
+    with pytest.raises(ModelError, match=said) as error:
+        load_pipeline(folder)
+    assert str(error.value).startswith("--pretrained_model_name_or_path") and "\n" not in str(error.value)
 
 
 def test_native_resolution_is_read_from_the_configs(pipelines):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,17 +13,19 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, launch, launch_command, random_pipeline, read_json, run_in_process
+import torchvision
+from conftest import ROOT, environment, launch, launch_command, random_pipeline, read_json, run_in_process
 from contract import assert_contract
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_flash_lora
 from common.arguments import run_script
 from common.checkpoint import CheckpointError, checkpoints_in, save_checkpoint
 from common.diffusion import NoiseSchedule, ddim_rollout, student_scheduler
 from common.models import encode_empty_prompt, encode_prompts, load_pipeline, predict, predict_guided
-from train_flash_lora import flash_loss
+from train_flash_lora import decoded_lpips, flash_loss
 
 SCRIPT = ROOT / "train_flash_lora.py"
 QUICK = ["--num_ddim_steps", 2, "--train_batch_size", 4, "--report_to", "none", "--dataset_name", "shapes"]
@@ -87,6 +90,28 @@ def test_flash_loss_is_the_weighted_distance_of_clean_latents():
     torch.testing.assert_close(flash_loss(output, z, t, target, end, schedule, "l2", "snr"), (snr * error).mean())
     expected = (snr.clamp(min=1) * error).mean()
     torch.testing.assert_close(flash_loss(output, z, t, target, end, schedule, "l2", "truncated_snr"), expected)
+
+
+def test_lpips_compares_the_same_random_crop_per_sample(monkeypatch):
+    monkeypatch.setattr(train_flash_lora, "LPIPS_CROP", 4)
+    vae, sizes = random_pipeline("sd").vae.requires_grad_(False), []
+
+    def network(a, b):
+        sizes.append(tuple(a.shape))
+        return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    x0, target = torch.randn(4, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 8, 8)
+    distance = decoded_lpips(network, vae, x0, target, 0, 7, [0, 1, 2, 3])
+    assert distance.shape == (4,) and sizes == [(4, 3, 16, 16)]
+    distance.sum().backward()
+    crops = (x0.grad != 0).any(dim=1).flatten(1)
+    assert crops.sum(dim=1).tolist() == [16] * 4 and len(crops.unique(dim=0)) > 1
+    assert decoded_lpips(network, vae, x0, x0, 0, 7, [0, 1, 2, 3]).abs().max() == 0
+    other_rank = decoded_lpips(network, vae, x0[2:], target[2:], 0, 7, [2, 3])
+    torch.testing.assert_close(other_rank, distance[2:])
+    monkeypatch.setattr(train_flash_lora, "LPIPS_CROP", 32)
+    decoded_lpips(network, vae, x0, target, 0, 7, [0, 1, 2, 3])
+    assert sizes[-1] == (4, 3, 32, 32)
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
@@ -162,6 +187,38 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, 
     torch.testing.assert_close(exported.unet.state_dict()[name], fused.half())
 
 
+def test_lpips_on_crops_trains_and_resumes_bit_for_bit(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_flash_lora, "LPIPS_CROP", 4)
+    torch.manual_seed(0)
+    trunk = torchvision.models.vgg16(weights=None).features
+    save_file({f"features.{k}": v for k, v in trunk.state_dict().items()}, tmp_path / "vgg16.safetensors")
+    lpips = ["--loss", "lpips", "--lpips_trunk_path", tmp_path / "vgg16.safetensors", "--checkpointing_steps", 1]
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path / "a", *lpips))
+    one, two = (weights(tmp_path / "a/lora" / f"checkpoint-{n}") for n in (1, 2))
+    assert all(value.isfinite().all() for value in two.values())
+    assert not torch.equal(*(tensors[next(name for name in one if "lora_B" in name)] for tensors in (one, two)))
+    shutil.copytree(tmp_path / "a/lora/checkpoint-1", tmp_path / "b/lora/checkpoint-1")
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path / "b", *lpips, "--resume_from_checkpoint", "latest"))
+    assert_same(tmp_path / "b/lora/checkpoint-2", tmp_path / "a/lora/checkpoint-2")
+
+
+def test_bf16_trains_fp32_weights(pipelines, uninterrupted, tmp_path):
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, "--mixed_precision", "bf16", steps=3))
+    mine, full = weights(tmp_path / "lora/checkpoint-3"), weights(uninterrupted / "checkpoint-3")
+    assert mine.keys() == full.keys()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mine.values())
+    assert any(not torch.equal(mine[name], full[name]) for name in mine)
+
+
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, uninterrupted, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile, without Inductor, which takes minutes to generate its CPU code."""
+    compiled, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(compile(m, backend="aot_eager")))
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, "--torch_compile", steps=3))
+    assert len(compiled) == 1
+    assert_same(tmp_path / "lora" / "checkpoint-3", uninterrupted / "checkpoint-3", atol=2e-5, rtol=1e-3)
+
+
 def test_every_trained_weight_moves(uninterrupted):
     before, after = (load_file(uninterrupted / f"checkpoint-{n}" / "lora.safetensors") for n in (3, 6))
     assert len(before) > 10
@@ -208,8 +265,6 @@ def test_resume_is_the_uninterrupted_run_bit_for_bit(pipelines, uninterrupted, t
 def test_kill_9_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
     arguments = quick(pipelines, tmp_path, "--batch_size", 4 // processes, "--checkpointing_steps", 3)
     command = launch_command(SCRIPT, *arguments, "--max_steps", 100000, processes=processes)
-    from conftest import environment
-
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     wait_for(lambda: (tmp_path / "lora" / "checkpoint-3" / "state.json").is_file(), process)
@@ -240,17 +295,48 @@ def wait_for(condition, process, seconds=240):
 
 
 def test_sigterm_saves_and_leaves_no_final(pipelines, tmp_path):
-    from conftest import environment
-
     command = launch_command(SCRIPT, *quick(pipelines, tmp_path, "--checkpointing_steps", 100000, steps=100000))
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    wait_for(lambda: (tmp_path / "lora").is_dir(), process)
-    time.sleep(8)
+    for line in process.stdout:  # the progress bar's: a step is done
+        if "loss=" in line:
+            break
     os.killpg(process.pid, signal.SIGTERM)
-    output = process.communicate(timeout=240)[0]
+    output = process.stdout.read()  # to its end: the launcher goes at once, the script after its save
+    process.wait()
     found = checkpoints_in(tmp_path / "lora")
-    assert len(found) == 1 and "Traceback" not in output and not (tmp_path / "lora" / "final").exists(), output[-2000:]
+    assert len(found) == 1 and f"Stopped by a signal after step {found[0][0]};" in output, output[-2000:]
+    assert "Traceback" not in output and not (tmp_path / "lora" / "final").exists(), output[-2000:]
+
+
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import accelerate.accelerator
+script, killed_at = sys.argv[1:3]
+save = accelerate.accelerator.save_accelerator_state  # runs after the hook that writes the weights
+def torn(folder, *arguments, **options):
+    if str(folder).endswith(killed_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(folder, *arguments, **options)
+accelerate.accelerator.save_accelerator_state = torn
+sys.argv[1:] = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED_WHILE_SAVING)
+    arguments = quick(pipelines, tmp_path, "--checkpointing_steps", 3, steps=6)
+    result = launch(tmp_path / "killed.py", SCRIPT, ".checkpoint-6.tmp", *arguments, check=False)
+    folder = tmp_path / "lora"
+    assert result.returncode != 0 and "SIGKILL" in result.stdout, result.stdout[-2000:]
+    assert [step for step, _ in checkpoints_in(folder)] == [3]
+    torn = {path.name for path in (folder / ".checkpoint-6.tmp").iterdir()}
+    assert "lora.safetensors" in torn and "optimizer.bin" not in torn
+    run_in_process(train_flash_lora, *arguments, "--resume_from_checkpoint", "latest")
+    assert_same(folder / "checkpoint-6", uninterrupted / "checkpoint-6")
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_a_torn_save_is_ignored_and_removed(pipelines, uninterrupted, tmp_path):
@@ -276,7 +362,7 @@ def test_a_failing_save_leaves_the_older_checkpoint(uninterrupted, tmp_path):
             raise OSError("no space left on device")
 
     with pytest.raises(OSError):
-        save_checkpoint(Failing, tmp_path, 6, {}, 4, total_limit=1)
+        save_checkpoint(Failing, tmp_path, 6, {}, 4, 6, total_limit=1)
     assert [step for step, _ in checkpoints_in(tmp_path)] == [3]
 
 
@@ -304,6 +390,23 @@ def test_a_longer_run_continues_and_another_run_is_refused(pipelines, uninterrup
             run_in_process(train_flash_lora, *arguments)
     run_in_process(train_flash_lora, *quick(pipelines, tmp_path, "--overwrite_output_dir", steps=1))
     assert [step for step, _ in checkpoints_in(tmp_path / "lora")] == [1]
+
+
+@pytest.mark.parametrize("lr_scheduler", ["linear", "constant"])
+def test_another_length_of_a_schedule_is_said(pipelines, tmp_path, capsys, lr_scheduler):
+    schedule = ["--lr_scheduler", lr_scheduler]
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, *schedule, steps=1))
+    state = tmp_path / "lora/checkpoint-1/state.json"
+    assert read_json(state)["max_train_steps"] == 1 and "warning" not in capsys.readouterr().out
+    schedule += ["--resume_from_checkpoint", "latest"]
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, *schedule, steps=2))
+    said = "warning: --lr_scheduler linear was planned for 1 steps and now ends at 2"
+    assert capsys.readouterr().out.count(said) == (lr_scheduler == "linear")
+    state = tmp_path / "lora/checkpoint-2/state.json"
+    older = {key: value for key, value in read_json(state).items() if key != "max_train_steps"}
+    state.write_text(json.dumps(older))  # as written before the length was: it resumes, without a warning
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, *schedule, steps=3))
+    assert (tmp_path / "lora/checkpoint-3").is_dir() and "warning" not in capsys.readouterr().out
 
 
 # The output
@@ -348,6 +451,21 @@ def test_final_folder_and_checkpoint_size(uninterrupted):
     lora = (uninterrupted / "checkpoint-6" / "lora.safetensors").stat().st_size
     # Weights, average and two Adam moments, beside small files: no base model.
     assert size < 4 * lora + 200_000, (size, lora)
+    names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}
+    assert names == {"lora.safetensors", "lora_ema.safetensors", "optimizer.bin", "state.json"}  # one pickle, needed
+
+
+def test_sd15_checkpoint_stays_under_100_mb():
+    """LoRA, its average and AdamW's two moments of the recipe, in fp32; on the meta device, so nothing is computed."""
+    recipe = (ROOT / "recipes" / "sd15_flash_lora.sh").read_text().replace("\\\n", " ")
+    args = train_flash_lora.parse_args(shlex.split(recipe.split(" train_flash_lora.py ")[1])[:-1])  # without "$@"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # SD1.5's config
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets))
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert trained == 797_184 and 4 * 4 * trained < 100e6
 
 
 def test_copied_out_it_trains(pipelines, tmp_path):
@@ -392,12 +510,60 @@ def test_mistakes_are_one_sentence(pipelines, tmp_path, capsys, wrong, said):
     assert error.startswith("error: ") or said == "--lora_targets"  # that one needs the UNet: a bar stands before it
 
 
+@pytest.mark.parametrize("from_launch", [False, True])
+def test_fp16_without_a_gpu_is_one_sentence(pipelines, tmp_path, capsys, monkeypatch, from_launch):
+    """`accelerate launch --mixed_precision fp16` reaches the script through the environment alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flag = ["--mixed_precision", "fp16"]
+    if from_launch:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        flag = []
+    with pytest.raises(SystemExit):
+        arguments = [str(word) for word in quick(pipelines, tmp_path, *flag)]
+        run_script(run_in_process_with, train_flash_lora.parse_args(arguments))
+    error = capsys.readouterr().err
+    assert error.startswith("error: --mixed_precision fp16") and error.count("\n") == 1
+
+
 def run_in_process_with(args):
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     train_flash_lora.main(args)
+
+
+# On a GPU
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # conftest.py keeps every other test on the CPU
+
+
+@pytest.mark.gpu
+def test_fp16_trains_and_resumes(pipelines, tmp_path, gpu):
+    fp16 = ["--mixed_precision", "fp16"]
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, *fp16))
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, *fp16, "--resume_from_checkpoint", "latest", steps=4))
+    for step in (2, 4):
+        tensors = weights(tmp_path / "lora" / f"checkpoint-{step}")
+        assert all(value.isfinite().all() for value in tensors.values())
+        assert all(value.dtype == torch.float32 for name, value in tensors.items() if "lora" in name)
+
+
+@pytest.mark.gpu
+def test_8bit_adam_trains(pipelines, tmp_path, gpu):
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, "--use_8bit_adam"))
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "lora/checkpoint-2/lora.safetensors").values())
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu_keeps_the_names(pipelines, uninterrupted, tmp_path, gpu):
+    run_in_process(train_flash_lora, *quick(pipelines, tmp_path, "--torch_compile"))
+    compiled = load_file(tmp_path / "lora/checkpoint-2/lora.safetensors")
+    assert compiled.keys() == load_file(uninterrupted / "checkpoint-3" / "lora.safetensors").keys()
+    assert all(value.isfinite().all() for value in compiled.values())
 
 
 def test_a_model_without_data_is_refused(pipelines, tmp_path):
