@@ -25,27 +25,22 @@ decode (without PNG files); `_without_decode` leaves the VAE out. A prompt's tim
 `speedup` and `_retention` (quality kept) are ratios to the baseline. clip_score is 100 max(0, cos).
 """
 
-import csv
 import gc
 import json
-import os
 import re
 import resource
-import shlex
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from common import arguments, metrics, shapes
+from common import arguments, metrics, results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.diffusion import ddim_scheduler, student_scheduler
@@ -53,7 +48,11 @@ from common.models import TINY_SD, decode_latents, is_sdxl, load_pipeline, read_
 from common.validation import image_grid
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
-METRICS = ("clip_score", "r_precision", "scene_accuracy")
+SCHEDULERS = {
+    "lcm": "LCM on trailing timesteps",
+    "lcm50": "LCM on its own grid of 50 timesteps",
+    "ddim": "DDIM on trailing timesteps",
+}
 GRID_PROMPTS = 8
 MIN_FRECHET_IMAGES = 200
 
@@ -66,8 +65,9 @@ def parse_args(argv=None):
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
     add("--lora_scale", type=float, default=1.0, help="strength of the LoRA; its alpha comes with its file")
     add("--fuse_lora", action="store_true", help="merge the LoRA into the weights: faster, equal up to rounding")
-    add("--scheduler", choices=("lcm", "ddim"),
-        help="trailing LCM or DDIM for weights that came without one (default: lcm for an outside LoRA)")  # fmt: skip
+    add("--scheduler", choices=tuple(SCHEDULERS),
+        help="for weights that came without one: lcm or ddim on trailing timesteps (Flash LoRAs), or lcm50 on LCM's "
+             "own grid of 50 timesteps (LCM-LoRAs) (default: lcm for an outside LoRA)")  # fmt: skip
     add = parser.add_argument_group("prompts").add_mutually_exclusive_group().add_argument
     add("--prompt", nargs="+", help="one or more prompts (default: prompts/shapes20.txt or prompts/coco20.txt)")
     add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
@@ -75,7 +75,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what the student learned)")
     add("--num_images", type=arguments.positive_int, default=1, help="images per prompt")
-    add("--batch_size", type=arguments.positive_int, default=64, help="images per pipeline call")
+    add("--batch_size", type=arguments.positive_int,
+        help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)")  # fmt: skip
     add("--seed", type=int, default=0, help="all noise derives from (seed, prompt, image)")
     add("--guidance_scale", type=float, help="classifier-free guidance (default: what was saved, else 1 for a LoRA)")
     add("--negative_prompt", help="what to guide away from; works only with guidance")
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     add("--baseline_steps", type=arguments.positive_int, default=50, help="DDIM steps of the baseline")
     add("--baseline_guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
-    add("--reader", default=str(TINY_SD.parent / "tiny-reader"), help="scene reader for shapes captions")
+    add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
     add = parser.add_argument_group("output").add_argument
     add("--outdir", default="outputs/inference", help="where images, grids and results go")
     add("--save_images", type=int, help="images saved per configuration (default: all up to 200, else the first 64)")
@@ -153,6 +154,11 @@ class Configuration:
     timesteps: list
 
 
+def default_batch_size(resolution):
+    """Images per call that fit a small GPU: tiny-sd's by the score, SD1.5's and SDXL's by the few."""
+    return 64 if resolution <= 64 else 8 if resolution <= 512 else 4
+
+
 def make_plan(args):
     """The Plan of these arguments; prints where scheduler and guidance come from. Raises UsageError."""
     lora = args.lora_path
@@ -174,13 +180,15 @@ def make_plan(args):
             raise UsageError(f"{count} steps at --strength {args.strength:g} leave none to run: raise one of them.")
         if count > 1000:
             raise UsageError(f"{count} steps are more than the 1000 timesteps of the model.")
+    if args.scheduler == "lcm50" and max(steps) > 50:
+        raise UsageError(f"--scheduler lcm50: {max(steps)} steps are more than the 50 of its grid.")
 
     guidance_scale, why = guidance(contract, args.guidance_scale, "--guidance_scale", bool(lora) and not ours)
     teacher_scale, _ = guidance(read_contract(teacher), args.baseline_guidance_scale, "--baseline_guidance_scale")
     if args.negative_prompt and max(guidance_scale, teacher_scale if args.compare_baseline else 0) <= 1:
         raise UsageError("--negative_prompt has no effect on weights that run without guidance: leave it out.")
-    named = f"{args.scheduler or 'lcm'}, " + ("from --scheduler" if args.scheduler else "the default")
-    source = {"lora": f"saved with {lora}", "pipeline": f"saved with {model}", "flag": f"{named}, trailing timesteps"}
+    named = SCHEDULERS[args.scheduler or "lcm"] + (", from --scheduler" if args.scheduler else ", the default")
+    source = {"lora": f"saved with {lora}", "pipeline": f"saved with {model}", "flag": named}
     if ours and Path(model).name != Path(str(contract.get("parent"))).name:
         print(f"Note: the LoRA was made from {contract.get('parent')} and is used on {model}.")
     print(f"Scheduler: {source[scheduler_from]}.\nGuidance: {why}.", flush=True)
@@ -330,6 +338,8 @@ def student_configurations(args, plan, pipeline):
         scheduler = saved
         if plan.scheduler_from == "flag":
             scheduler = student_scheduler(saved, "next" if args.scheduler == "ddim" else "x0", steps)
+            if args.scheduler == "lcm50":
+                scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=50)
         elif plan.contract.get("target") == "next" and steps != trained:
             scheduler = ddim_scheduler(saved, steps)  # the one that was saved is right for the trained count alone
         timesteps = list_timesteps(scheduler, steps)
@@ -365,7 +375,7 @@ def list_timesteps(scheduler, steps):
 
 @torch.no_grad()
 def generate(pipeline, configuration, prompts, init_image, args):
-    """All images of a configuration, timed. Returns a dict: images (PIL), files, seconds with and without decode."""
+    """All images of a configuration, timed. Returns a dict: images (PIL), files, seconds (per image), memory."""
     jobs = [(i, j) for i in range(len(prompts)) for j in range(args.num_images)]
     batches = [jobs[start : start + args.batch_size] for start in range(0, len(jobs), args.batch_size)]
     cuda = torch.device(args.device).type == "cuda"
@@ -396,13 +406,14 @@ def generate(pipeline, configuration, prompts, init_image, args):
         torch.cuda.reset_peak_memory_stats(args.device)
     limit = (len(jobs) if len(jobs) <= 200 else 64) if args.save_images is None else args.save_images
     folder = Path(args.outdir) / "images" / slug(configuration.name)
-    made = {"images": [], "files": [], "seconds_per_image": [], "seconds_per_image_without_decode": []}
+    seconds = {"seconds_per_image": [], "seconds_per_image_without_decode": []}
+    made = {"images": [], "files": [], "seconds": seconds}
     with tqdm(total=len(jobs), desc=configuration.name, unit="image") as bar:
         for batch in batches:
             pixels, without_decode, total = run(batch, configuration.steps)
             images = pipeline.image_processor.postprocess(pixels, output_type="pil")
-            made["seconds_per_image"] += [total / len(batch)] * len(batch)
-            made["seconds_per_image_without_decode"] += [without_decode / len(batch)] * len(batch)
+            seconds["seconds_per_image"] += [total / len(batch)] * len(batch)
+            seconds["seconds_per_image_without_decode"] += [without_decode / len(batch)] * len(batch)
             for image, (i, j) in zip(images, batch):
                 if len(made["files"]) < limit:
                     file = folder / f"{i:04d}_{slug(prompts[i])[:40]}_{j}.png"
@@ -412,11 +423,12 @@ def generate(pipeline, configuration, prompts, init_image, args):
             made["images"] += images
             bar.update(len(batch))
     if cuda:
-        made["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+        peak = torch.cuda.max_memory_allocated(args.device) / 2**20
     else:  # Linux counts in KiB, macOS in bytes
         unit = 2**20 if sys.platform == "darwin" else 2**10
-        made["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    made["peak_memory_kind"] = "CUDA allocated" if cuda else "peak RSS of the process so far"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    kind = "CUDA allocated" if cuda else "peak RSS of the process so far"
+    made["memory"] = {"peak_memory_mib": peak, "peak_memory_kind": kind}
     return made
 
 
@@ -424,127 +436,17 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "prompt"
 
 
-def load_judges(args, plan, prompts):
-    """(CLIP, scene reader, real features for the Fréchet distance), each None where it can't be had; it says why."""
-    drawn = all(shapes.scene_of(prompt) for prompt in prompts)
-    clip, reader, real = args.clip_model or (str(TINY_SD.parent / "tiny-clip") if drawn else "none"), None, None
-    try:
-        if clip == "none":
-            raise ValueError("--clip_model names a judge, such as openai/clip-vit-base-patch32.")
-        clip = metrics.ClipJudge(clip, args.device)
-    except ValueError as error:
-        print(f"No CLIP figures: {error}", flush=True)
-        clip = None
-    if drawn and (Path(args.reader) / "config.json").is_file():
-        reader = metrics.SceneReader.from_pretrained(args.reader).to(args.device)
-    elif drawn:
-        print(f"No scene accuracy: there is no reader in {args.reader}.", flush=True)
-    if clip and args.held_out_captions and len(prompts) * args.num_images >= MIN_FRECHET_IMAGES:
-        real = metrics.shapes_real_features(clip)
-    return clip, reader, real
-
-
-def judged(images, captions, clip, reader, real):
-    """judge_images on the pixels that the PNG files hold; without a CLIP the reader judges alone."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
-    if clip is not None:
-        return metrics.judge_images(pixels, captions, clip, reader, real)
-    if reader is None:
-        return {"per_image": {}}
-    right = metrics.scene_accuracy(reader, pixels, captions).tolist()
-    return {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
-
-
-def rows_of(configuration, made, figures, prompts, num_images, batch_size):
-    """Result rows of one configuration: the "all" row first, then one per prompt; ratios come in `add_ratios`."""
-    per_image = {name: np.asarray(values, float) for name, values in figures["per_image"].items()}
-    for name in ("seconds_per_image", "seconds_per_image_without_decode"):
-        per_image[name] = np.asarray(made[name])
-    rows = []
-    for index, prompt in [("", "all"), *enumerate(prompts)]:
-        chosen = slice(None) if index == "" else slice(index * num_images, (index + 1) * num_images)
-        row = {"configuration": configuration.name, "role": configuration.role, "steps": configuration.steps,
-               "guidance_scale": configuration.guidance_scale, "prompt_index": index, "prompt": prompt,
-               "images": len(per_image["seconds_per_image"][chosen]), "batch_size": batch_size,
-               **{name: float(values[chosen].mean()) for name, values in per_image.items()},
-               "peak_memory_mib": made["peak_memory_mib"], "peak_memory_kind": made["peak_memory_kind"]}  # fmt: skip
-        rows.append(row)
-    for name in METRICS:
-        if name in figures:
-            rows[0][name], rows[0][f"{name}_low"], rows[0][f"{name}_high"] = figures[name]
-    if "frechet" in figures:
-        rows[0]["frechet_clip"] = figures["frechet"]
-    return rows
-
-
-def add_ratios(runs):
-    """speedup and retention of every row, against the baseline's row of the same prompt (where there is one)."""
-    baseline = next((rows for configuration, rows, _ in runs if configuration.role == "baseline"), None)
-    for _, rows, _ in runs:
-        for row, base in zip(rows, baseline or []):
-            for suffix in ("", "_without_decode"):
-                row[f"speedup{suffix}"] = base[f"seconds_per_image{suffix}"] / row[f"seconds_per_image{suffix}"]
-            for name in METRICS:
-                if base.get(name):
-                    row[f"{name}_retention"] = row[name] / base[name]
-
-
-COLUMNS = (
-    "configuration", "role", "steps", "guidance_scale", "prompt_index", "prompt", "images", "batch_size",
-    "seconds_per_image", "seconds_per_image_without_decode", "speedup", "speedup_without_decode",
-    *(f"{name}{suffix}" for name in METRICS for suffix in ("", "_low", "_high", "_retention")),
-    "frechet_clip", "peak_memory_mib", "peak_memory_kind",
-)  # fmt: skip
-
-
-def write_results(args, plan, runs):
-    """results.csv and results.json of the finished configurations, each replaced in one go."""
-    outdir = Path(args.outdir)
-    with open(outdir / ".results.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row for _, rows, _ in runs for row in rows)
-    os.replace(outdir / ".results.csv", outdir / "results.csv")
-    device = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else args.device
-    report = {
-        "command": shlex.join([sys.executable, *sys.argv]), "model": plan.model, "lora": args.lora_path,
-        "teacher": plan.teacher, "device": device, "threads": torch.get_num_threads(), "dtype": args.dtype,
-        "seed": args.seed, "batch_size": args.batch_size, "resolution": args.resolution,
+def report_of(args, plan, runs):
+    """results.json: the settings, and every configuration with its rows, timesteps and files."""
+    return {
+        **results.circumstances(args.device), "model": plan.model, "lora": args.lora_path, "teacher": plan.teacher,
+        "dtype": args.dtype, "seed": args.seed, "batch_size": args.batch_size, "resolution": args.resolution,
         "num_images": args.num_images, "clip_model": args.clip_model, "negative_prompt": args.negative_prompt,
         "init_image": args.init_image, "strength": args.strength if args.init_image else None,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "configurations": [
             {**rows[0], "scheduler": type(configuration.scheduler).__name__, "timesteps": configuration.timesteps,
              "files": made["files"], "per_prompt": rows[1:]} for configuration, rows, made in runs],
     }  # fmt: skip
-    (outdir / ".results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(outdir / ".results.json", outdir / "results.json")
-
-
-def print_table(runs):
-    """The "all" rows as aligned text; a column that no configuration has is left out."""
-
-    def shown(row, name, digits):
-        if name not in row:
-            return ""
-        low = f" [{row[f'{name}_low']:.{digits}f}, {row[f'{name}_high']:.{digits}f}]" if f"{name}_low" in row else ""
-        return f"{row[name]:.{digits}f}{low}"
-
-    head, lines = ["configuration", "ms/image", "no decode", "speed-up", "no decode"], []
-    head += ["CLIP", "kept", "R-precision", "kept", "scene accuracy", "kept", "Fréchet (CLIP)", "peak MiB"]
-    for _, (row, *_), _ in runs:
-        times = [f"{1000 * row[n]:.1f}" for n in ("seconds_per_image", "seconds_per_image_without_decode")]
-        speed = [f"{row[n]:.1f}x" if n in row else "" for n in ("speedup", "speedup_without_decode")]
-        quality = []
-        for name, digits in zip(METRICS, (1, 3, 3)):
-            kept = f"{row[f'{name}_retention']:.1%}" if f"{name}_retention" in row else ""
-            quality += [shown(row, name, digits), kept]
-        lines.append([row["configuration"], *times, *speed, *quality, shown(row, "frechet_clip", 2),
-                      f"{row['peak_memory_mib']:.0f}"])  # fmt: skip
-    columns = [column for column in zip(head, *lines) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for cells in zip(*columns):
-        print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip())
 
 
 def write_grids(args, runs, prompts):
@@ -569,9 +471,14 @@ def main(args):
             init_image = Image.open(args.init_image).convert("RGB")
         except OSError:
             raise UsageError(f"--init_image {args.init_image}: there is no image that can be read.") from None
-    clip, reader, real = load_judges(args, plan, prompts)
-    Path(args.outdir).mkdir(parents=True, exist_ok=True)
+    args.resolution = args.resolution or read_pipeline_config(plan.model)[1]
+    args.batch_size = args.batch_size or default_batch_size(args.resolution)
+    results.make_outdir(args.outdir)
+    clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
+    real = None  # held-out captions are compared with the pictures that were drawn for them
+    if clip and args.held_out_captions and len(captions) >= MIN_FRECHET_IMAGES:
+        real = metrics.shapes_real_features(clip)
     runs = []  # (Configuration, rows, what was made), the teacher's first
     # The student first: what it lacks shows before the long baseline runs, and its peak memory is its own.
     stages = [(plan.model, args.lora_path, student_configurations)]
@@ -580,16 +487,19 @@ def main(args):
     try:
         for path, lora, configurations in stages:
             pipeline = load_model(path, args, lora)
-            args.resolution = args.resolution or read_pipeline_config(path)[1]
             teachers = []
             for configuration in configurations(args, plan, pipeline):
                 made = generate(pipeline, configuration, prompts, init_image, args)
-                figures = judged(made["images"], captions, clip, reader, real)
-                rows = rows_of(configuration, made, figures, prompts, args.num_images, args.batch_size)
+                figures = results.judged(made["images"], captions, clip, reader, real)
+                columns = {"configuration": configuration.name, "role": configuration.role,
+                           "steps": configuration.steps, "guidance_scale": configuration.guidance_scale,
+                           "batch_size": args.batch_size, **made["memory"]}  # fmt: skip
+                rows = results.rows_of(columns, figures, made["seconds"], prompts)
                 made["shown"] = made.pop("images")[: GRID_PROMPTS * args.num_images : args.num_images]
                 (runs if configuration.role == "student" else teachers).append((configuration, rows, made))
-                add_ratios(teachers + runs)
-                write_results(args, plan, teachers + runs)
+                finished = teachers + runs
+                results.add_ratios([rows for _, rows, _ in finished])
+                results.write_results(args.outdir, [rows for _, rows, _ in finished], report_of(args, plan, finished))
             runs = teachers + runs
             del pipeline
             gc.collect()
@@ -598,8 +508,13 @@ def main(args):
     except KeyboardInterrupt:
         print(f"\nInterrupted: {args.outdir} holds what was finished.", file=sys.stderr, flush=True)
         sys.exit(130)
+    except torch.OutOfMemoryError:  # CUDA's
+        raise UsageError(
+            f"Out of GPU memory at --batch_size {args.batch_size} and {args.resolution} pixels a side: lower "
+            "--batch_size, or add --attention_slicing, --vae_slicing, --vae_tiling or --cpu_offload."
+        ) from None
     write_grids(args, runs, prompts)
-    print_table(runs)
+    results.print_table([rows for _, rows, _ in runs])
     print(f"Images, grids, results.csv and results.json are in {args.outdir}.", flush=True)
 
 

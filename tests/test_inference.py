@@ -17,7 +17,7 @@ from PIL import Image
 
 import inference
 import prepare_tiny_sd
-from common import shapes
+from common import results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.diffusion import student_scheduler, student_timesteps
@@ -108,7 +108,7 @@ def test_csv_and_json_of_a_launch(launched):
     with open(outdir / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["configuration"], r["prompt"]) for r in rows] == [(n, p) for n in NAMES for p in ["all", *PROMPTS]]
-    assert list(rows[0]) == list(inference.COLUMNS)
+    assert list(rows[0]) == list(results.COLUMNS)
     for row in rows:
         whole = row["prompt"] == "all"
         assert row["images"] == ("4" if whole else "2") and row["batch_size"] == "64"
@@ -232,6 +232,7 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
     (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "1.5"], "--strength 1.5"),
     (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "0.4"], "leave none to run"),
     (["--lora_path", "{models}/final", "--steps", "2000"], "1000 timesteps"),
+    (["--scheduler", "lcm50", "--steps", "4", "51"], "51 steps are more than the 50"),
     (["--pretrained_model_name_or_path", "{models}/nowhere"], "no such folder"),
     (["--pretrained_model_name_or_path", "{models}/clip"], "model_index.json"),
     (["--held_out_captions", "2001"], "2000"),
@@ -242,16 +243,96 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
     (["--cpu_offload"], "needs a CUDA GPU"),
     (["--seed", "-1"], "negative"),
     (["--outdir", "{models}/init.png"], "not a folder"),
+    (["--outdir", "{models}/init.png/out"], "init.png/out can't be made or written (Not a directory)"),
+    (["--outdir", "/dev/fd"], "--outdir /dev/fd can't be made or written"),
+    (["--clip_model", "{models}/nowhere"], "--clip_model: No CLIP judge at '{models}/nowhere'"),
+    (["--clip_model", "{models}/tiny-sd"], "--clip_model: No CLIP judge at '{models}/tiny-sd'"),
+    (["--reader", "{models}/nowhere"], "--reader {models}/nowhere: there is no scene reader"),
+    (["--reader", "{models}/clip"], "--reader {models}/clip: there is no scene reader"),
+    (["--reader", "{models}/clip", "--prompt", "a dog"], "--reader {models}/clip: there is no scene reader"),
 ])  # fmt: skip
-def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, flags, sentence):
+def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, monkeypatch, flags, sentence):
+    monkeypatch.setattr(inference, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded first"))
     (folders / "empty.txt").write_text("\n \n")
     flags = [flag.format(models=folders, baked=baked) for flag in flags]
+    sentence = sentence.format(models=folders)
     before = ["--device", "cpu", "--outdir", str(tmp_path), "--clip_model", "none", "--reader", "none"]
     args = inference.parse_args([*before, *flags])
     with pytest.raises(SystemExit) as stopped:
         inference.arguments.run_script(inference.main, args)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_out_of_gpu_memory_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(inference, "generate", too_large)
+    args = inference.parse_args(["--lora_path", str(folders / "final"), "--clip_model", "none", "--reader", "none",
+                                 "--device", "cpu", "--outdir", str(tmp_path), "--batch_size", "48"])  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        inference.arguments.run_script(inference.main, args)
+    error = capsys.readouterr().err.splitlines()[-1]  # after the bars of loading
+    assert stopped.value.code == 2 and error.startswith("error: Out of GPU memory at --batch_size 48 and 32 pixels")
+
+
+def test_batch_size_follows_the_resolution(folders, tmp_path):
+    sizes = {resolution: inference.default_batch_size(resolution) for resolution in (32, 64, 72, 512, 520, 1024)}
+    assert sizes == {32: 64, 64: 64, 72: 8, 512: 8, 520: 4, 1024: 4}
+    flags = ["--lora_path", folders / "final", "--prompt", PROMPTS[0], "--steps", 1, "--resolution", 128]
+    assert run(folders, tmp_path, *flags)[0]["batch_size"] == 8
+    assert run(folders, tmp_path, *flags, "--batch_size", 64)[0]["batch_size"] == 64
+
+
+def test_only_default_judges_may_be_missing(folders, tmp_path, capsys, monkeypatch):
+    clip, reader = results.load_judges(str(folders / "clip"), str(folders / "reader"), PROMPTS, "cpu")
+    assert clip is not None and reader is not None and capsys.readouterr().out == ""
+    clip, reader = results.load_judges(str(folders / "clip"), str(folders / "reader"), ["a dog", PROMPTS[0]], "cpu")
+    assert clip is not None and reader is None and "not all of these are" in capsys.readouterr().out
+    assert results.load_judges(None, None, ["a dog"], "cpu") == (None, None)
+    assert capsys.readouterr().out.startswith("No CLIP figures: --clip_model names a judge")
+    monkeypatch.setattr(results, "TINY_SD", tmp_path / "tiny-sd")
+    assert results.load_judges(None, None, PROMPTS, "cpu") == (None, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("No CLIP figures: No CLIP judge at") and lines[1].startswith("No scene accuracy: there")
+    assert len(lines) == 2
+
+
+def test_lcm50_is_how_stock_diffusers_samples_an_lcm_lora(folders, tmp_path, capsys):
+    file = folders / "final/pytorch_lora_weights.safetensors"
+    flags = ["--lora_path", file, "--pretrained_model_name_or_path", folders / "tiny-sd", "--prompt", *PROMPTS]
+    (trailing,) = run(folders, tmp_path / "lcm", *flags)
+    assert "Scheduler: LCM on trailing timesteps, the default." in capsys.readouterr().out
+    assert trailing["timesteps"] == [999, 749, 499, 249]
+    (own,) = run(folders, tmp_path, *flags, "--scheduler", "lcm50")
+    assert "Scheduler: LCM on its own grid of 50 timesteps, from --scheduler." in capsys.readouterr().out
+    assert own["timesteps"] == [999, 759, 499, 259] and own["scheduler"] == "LCMScheduler"
+    pipeline = DiffusionPipeline.from_pretrained(folders / "tiny-sd")
+    pipeline.load_lora_weights(file)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [sample_generator(0, i, 0) for i in range(2)]
+    stock = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1, generator=generators).images
+    assert np.array_equal(images_of(tmp_path, "student 4 steps"), np.stack(stock))
+
+
+def test_table_of_what_was_measured(capsys):
+    """Image folders, say: no times, no steps, other columns."""
+
+    def run_of(name, role, scores):
+        return results.rows_of(
+            {"configuration": name, "role": role}, {"per_image": {"clip_score": scores}}, {}, ["a", "b"]
+        )
+
+    runs = [run_of("one", "baseline", [20, 20, 30, 30]), run_of("other", "student", [20, 20, 15, 15])]
+    runs[1][0]["fid"] = 12.5
+    results.add_ratios(runs)
+    assert [row["clip_score_retention"] for row in runs[1]] == [0.7, 1, 0.5] and runs[1][2]["images"] == 2
+    results.print_table(runs, (*results.TABLE, ("FID", "fid", "{:.1f}".format)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["configuration", "CLIP", "kept", "FID"]
+    assert lines[1:] == [["one", "25.0", "100.0%"], ["other", "17.5", "70.0%", "12.5"]]
 
 
 def test_a_lora_of_another_model_is_refused(folders, tmp_path):

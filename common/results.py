@@ -1,0 +1,171 @@
+"""Results: judges loaded as flags ask, one row per configuration and prompt, and the table as text, CSV and JSON.
+
+A run is what one configuration came to: a list of rows (dicts by column), the one with prompt "all" first, then one
+per prompt. A column that a row lacks stays empty.
+"""
+
+import csv
+import json
+import os
+import shlex
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import metrics, shapes
+from common.arguments import UsageError
+from common.models import TINY_SD
+
+METRICS = ("clip_score", "r_precision", "scene_accuracy")
+COLUMNS = (
+    "configuration", "role", "steps", "guidance_scale", "prompt_index", "prompt", "images", "batch_size",
+    "seconds_per_image", "seconds_per_image_without_decode", "speedup", "speedup_without_decode",
+    *(f"{name}{suffix}" for name in METRICS for suffix in ("", "_low", "_high", "_retention")),
+    "frechet_clip", "peak_memory_mib", "peak_memory_kind",
+)  # fmt: skip
+TABLE = (  # what print_table shows: heading, column, how its value is written
+    ("ms/image", "seconds_per_image", lambda seconds: f"{1000 * seconds:.1f}"),
+    ("no decode", "seconds_per_image_without_decode", lambda seconds: f"{1000 * seconds:.1f}"),
+    ("speed-up", "speedup", "{:.1f}x".format),
+    ("no decode", "speedup_without_decode", "{:.1f}x".format),
+    ("CLIP", "clip_score", "{:.1f}".format),
+    ("kept", "clip_score_retention", "{:.1%}".format),
+    ("R-precision", "r_precision", "{:.3f}".format),
+    ("kept", "r_precision_retention", "{:.1%}".format),
+    ("scene accuracy", "scene_accuracy", "{:.3f}".format),
+    ("kept", "scene_accuracy_retention", "{:.1%}".format),
+    ("Fréchet (CLIP)", "frechet_clip", "{:.2f}".format),
+    ("peak MiB", "peak_memory_mib", "{:.0f}".format),
+)
+
+
+def make_outdir(path):
+    """Make --outdir. Raises UsageError where it can't be made or written: else that would show hours later."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(f"--outdir {path} can't be made or written ({error.strerror or error}).") from None
+
+
+def load_judges(clip_model, reader, captions, device):
+    """(ClipJudge, SceneReader) for these captions, each None where there is none; a printed line says why.
+
+    `clip_model` and `reader` are those of the flags: a path, "none", or None for the default, which may be missing.
+    Raises UsageError where one that was asked for does not load.
+    """
+    drawn = all(shapes.scene_of(caption) for caption in captions)
+    assets, clip_judge, scene_reader = TINY_SD.parent, None, None
+    name = clip_model or (str(assets / "tiny-clip") if drawn else "none")
+    if name == "none":
+        print("No CLIP figures: --clip_model names a judge, such as openai/clip-vit-base-patch32.", flush=True)
+    else:
+        try:
+            clip_judge = metrics.ClipJudge(name, device)
+        except ValueError as error:
+            if clip_model:
+                raise UsageError(f"--clip_model: {error}") from None
+            print(f"No CLIP figures: {error}", flush=True)
+    name = reader or (str(assets / "tiny-reader") if drawn else "none")
+    if name != "none":
+        try:
+            scene_reader = metrics.SceneReader.from_pretrained(name)
+        except Exception:  # whatever the files can have wrong: OSError, ValueError, SafetensorError and others
+            if reader:
+                raise UsageError(f"--reader {reader}: there is no scene reader in this folder.") from None
+    if drawn and scene_reader is None:
+        print("No scene accuracy: " + ("--reader none." if reader else f"there is no reader in {name}."), flush=True)
+    elif scene_reader is not None and not drawn:
+        print("No scene accuracy: --reader judges captions of shapes, and not all of these are.", flush=True)
+        scene_reader = None
+    return clip_judge, scene_reader and scene_reader.to(device)
+
+
+def judged(images, captions, clip_judge, reader, real_features):
+    """judge_images on the pixels that the PNG files hold; without a CLIP the reader judges alone."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    if clip_judge is not None:
+        return metrics.judge_images(pixels, captions, clip_judge, reader, real_features)
+    if reader is None:
+        return {"per_image": {}}
+    right = metrics.scene_accuracy(reader, pixels, captions).tolist()
+    return {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+
+
+def rows_of(columns, figures, measured, prompts):
+    """The rows of one configuration, the one of all prompts with the intervals; ratios come in `add_ratios`.
+
+    `columns`: what is alike in every row. `figures`: of `judged`. `measured`: {column: a value for each of N images}.
+    Images come prompt by prompt, equally many of each.
+    """
+    per_image = {name: np.asarray(values, float) for name, values in {**figures["per_image"], **measured}.items()}
+    rows = []
+    for index, prompt in [("", "all"), *enumerate(prompts)]:
+        row = {**columns, "prompt_index": index, "prompt": prompt}
+        for name, values in per_image.items():
+            chosen = values if index == "" else np.split(values, len(prompts))[index]
+            row["images"], row[name] = len(chosen), float(chosen.mean())
+        rows.append(row)
+    for name in METRICS:
+        if name in figures:
+            rows[0][name], rows[0][f"{name}_low"], rows[0][f"{name}_high"] = figures[name]
+    if "frechet" in figures:
+        rows[0]["frechet_clip"] = figures["frechet"]
+    return rows
+
+
+def add_ratios(runs):
+    """speedup and _retention of every row, against the row of the same prompt of the run with role "baseline"."""
+    baseline = next((rows for rows in runs if rows[0]["role"] == "baseline"), [])
+    for rows in runs:
+        for row, base in zip(rows, baseline):
+            for suffix in ("", "_without_decode"):
+                if f"seconds_per_image{suffix}" in base:
+                    row[f"speedup{suffix}"] = base[f"seconds_per_image{suffix}"] / row[f"seconds_per_image{suffix}"]
+            for name in METRICS:
+                if base.get(name):
+                    row[f"{name}_retention"] = row[name] / base[name]
+
+
+def circumstances(device):
+    """What figures depend on beside the flags: command, device, threads and versions; a dict for results.json."""
+    return {
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+    }
+
+
+def write_results(outdir, runs, report, columns=COLUMNS):
+    """results.csv with the rows of all runs and results.json with the report, each replaced in one go."""
+    outdir = Path(outdir)
+    with open(outdir / ".results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(row for rows in runs for row in rows)
+    os.replace(outdir / ".results.csv", outdir / "results.csv")
+    (outdir / ".results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(outdir / ".results.json", outdir / "results.json")
+
+
+def print_table(runs, table=TABLE):
+    """The "all" rows as aligned text, intervals in brackets; a column that no run has is left out."""
+
+    def shown(row, name, written):
+        if name not in row:
+            return ""
+        low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+        return written(row[name]) + (f" [{written(low)}, {written(high)}]" if low is not None else "")
+
+    lines = [[rows[0]["configuration"], *(shown(rows[0], name, written) for _, name, written in table)]
+             for rows in runs]  # fmt: skip
+    columns = [column for column in zip(["configuration", *(head for head, _, _ in table)], *lines) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for cells in zip(*columns):
+        print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip())
