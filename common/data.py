@@ -7,9 +7,11 @@ Nothing about a sample depends on rank, worker or micro-batch: which one is read
 its flip, crop and choice of caption from (seed, optimizer step, index in the global batch).
 """
 
+import atexit
 import functools
 import io
 import logging
+import multiprocessing
 import re
 import signal
 
@@ -41,7 +43,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 def sample_generator(seed, step, index, stream=0):
     """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank.
 
-    `stream` sets apart independent uses of one sample: 0 training noise, 1 augmentation, 2 data order.
+    `stream` sets apart independent uses of one sample: 0 training noise, 1 augmentation, 2 data order, 3 the crop of
+    `--loss lpips`.
     """
     state = np.random.SeedSequence([seed, step, index] + [stream] * (stream != 0)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
@@ -328,8 +331,17 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_workers():
+    """At exit: multiprocessing would send the workers SIGTERM, which they ignore, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None):
     """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch."""
+    if args.dataloader_num_workers:
+        atexit.register(end_workers)
     steps = start_step, args.max_train_steps
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, cycle_steps)

@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from common.data import (
@@ -327,6 +331,26 @@ def test_error_of_a_worker_is_one_sentence(tmp_path):
     with pytest.raises(DataError) as caught:
         next(iter(loader))
     assert str(caught.value).startswith("1 of 1 images") and "\n" not in str(caught.value)
+
+
+def test_a_run_that_ends_in_an_error_does_not_wait_for_its_workers(tmp_path):
+    noise_image(48, 16).save(tmp_path / "a.png")
+    write(tmp_path / "a.txt", "a")
+    script = """
+import sys, types, torch
+from common.data import build_dataloader, load_dataset_from_args
+from test_data import make_args
+args = make_args(data_dir=sys.argv[1], dataloader_num_workers=1)
+accelerator = types.SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+batches = iter(build_dataloader(load_dataset_from_args(args), args, accelerator, 0))
+next(batches)
+raise RuntimeError("the trainer fails")
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1 and ended.stderr.strip().endswith("RuntimeError: the trainer fails")
 
 
 def test_augmentation(tmp_path):
