@@ -12,5 +12,5 @@ OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config
     --mixed_precision no train_flash_lora.py \
     --num_ddim_steps 8 --num_inference_steps 4 --lora_rank 32 --lora_alpha 32 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
-    --learning_rate 1e-3 --lr_scheduler linear --batch_size $((64 / processes)) --max_steps 500 \
+    --learning_rate 3e-3 --lr_warmup_steps 20 --lr_scheduler linear --batch_size $((64 / processes)) --max_steps 600 \
     --checkpointing_steps 100 --checkpoints_total_limit 2 --output_dir outputs/run --resume_from_checkpoint latest "$@"
