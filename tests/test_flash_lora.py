@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ from common.arguments import run_script
 from common.checkpoint import CheckpointError, checkpoints_in, save_checkpoint
 from common.diffusion import NoiseSchedule, ddim_rollout, student_scheduler
 from common.models import encode_empty_prompt, encode_prompts, load_pipeline, predict, predict_guided
-from train_flash_lora import decoded_lpips, flash_loss
+from train_flash_lora import decoded_lpips, draw, flash_loss
 
 SCRIPT = ROOT / "train_flash_lora.py"
 QUICK = ["--num_ddim_steps", 2, "--train_batch_size", 4, "--report_to", "none", "--dataset_name", "shapes"]
@@ -112,6 +113,17 @@ def test_lpips_compares_the_same_random_crop_per_sample(monkeypatch):
     monkeypatch.setattr(train_flash_lora, "LPIPS_CROP", 32)
     decoded_lpips(network, vae, x0, target, 0, 7, [0, 1, 2, 3])
     assert sizes[-1] == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "probs, shares", [(None, (0.25, 0.25, 0.25, 0.25)), ([4.0, 2.0, 1.0, 1.0], (0.5, 0.25, 0.125, 0.125))]
+)
+def test_timesteps_are_drawn_as_often_as_asked(probs, shares):
+    args = SimpleNamespace(seed=0, timestep_probs=probs, num_inference_steps=4)
+    noise, slots = draw(args, 7, range(2000), torch.zeros(2000, 1, 2, 2))
+    torch.testing.assert_close(slots.bincount(minlength=4) / 2000, torch.tensor(shares), atol=0.04, rtol=0)
+    again, same = draw(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2))
+    assert torch.equal(again, noise[1000:1010]) and torch.equal(same, slots[1000:1010])
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
@@ -481,6 +493,7 @@ MISTAKES = [
     (["--pretrained_model_name_or_path", "no/such/folder"], "--pretrained_model_name_or_path no/such/folder"),
     (["--pretrained_model_name_or_path", "{tmp}"], "model_index.json"),
     (["--loss_weighting", "snr", "--target", "next"], "--loss_weighting"),
+    (["--timestep_probs", "0.5", "0.5"], "--timestep_probs has 2 numbers"),
     (["--lpips_trunk_path", "nowhere.pth"], "--lpips_trunk_path"),
     (["--loss", "lpips", "--lpips_trunk_path", "nowhere.pth"], "nowhere.pth"),
     (["--guidance_scale", "-1"], "--guidance_scale"),
@@ -502,6 +515,7 @@ def test_mistakes_are_one_sentence(pipelines, tmp_path, capsys, wrong, said):
     if "--data_dir" in wrong:
         arguments.remove("--dataset_name")
         arguments.remove("shapes")
+    capsys.readouterr()  # the bars of the fixture that saved the pipeline
     with pytest.raises(SystemExit) as stop:
         run_script(run_in_process_with, train_flash_lora.parse_args([str(word) for word in [*arguments, *wrong]]))
     assert stop.value.code == 2
@@ -518,8 +532,9 @@ def test_fp16_without_a_gpu_is_one_sentence(pipelines, tmp_path, capsys, monkeyp
     if from_launch:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
         flag = []
+    arguments = [str(word) for word in quick(pipelines, tmp_path, *flag)]
+    capsys.readouterr()  # the bars of the fixture that saved the pipeline
     with pytest.raises(SystemExit):
-        arguments = [str(word) for word in quick(pipelines, tmp_path, *flag)]
         run_script(run_in_process_with, train_flash_lora.parse_args(arguments))
     error = capsys.readouterr().err
     assert error.startswith("error: --mixed_precision fp16") and error.count("\n") == 1
