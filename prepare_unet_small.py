@@ -1,0 +1,130 @@
+"""Make a smaller student of a teacher pipeline: fewer blocks (BK-SDM, arXiv:2305.15798), narrower widths, or both.
+
+The student UNet starts from the teacher's own weights; the rest of the pipeline is the teacher's. The output is a
+whole pipeline folder that stock diffusers loads, with compression.json: what came from where, parameters and
+multiply-accumulates before and after. It draws nothing sensible yet: train_student_kd.py teaches it.
+
+    python prepare_unet_small.py --variant sd_small --output_dir outputs/sd_small
+    python prepare_unet_small.py --variant sd_tiny --width_ratio 0.5 --dry_run
+    python prepare_unet_small.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --block_out_channels 160 320 640 640 --output_dir outputs/sd15_half
+
+    variant    UNet of SD1.5   what is removed
+    sd_base      579,384,964   one of the two layers of every block (one of three in the up blocks)
+    sd_small     482,346,884   the same, and the middle block
+    sd_tiny      323,384,964   the same, and the deepest stage
+
+These are BK-SDM's Base, Small and Tiny. Mind that Segmind calls Base "sd_small"; its "sd_tiny" is Tiny. In SDXL, whose
+transformers have several layers, half of those go too.
+"""
+
+from pathlib import Path
+
+from diffusers import UNet2DConditionModel
+
+from common import arguments, compression
+from common.arguments import UsageError
+from common.checkpoint import FinalFolder
+from common.models import TINY_SD, load_pipeline, read_distillation, read_pipeline_config
+from common.validation import write_distillation, write_model_card
+
+
+def parse_args(argv=None):
+    parser = arguments.make_parser(__doc__)
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", help="teacher pipeline: folder or hub id (default: the embedded tiny-sd)")
+    add("--revision", help="revision of the hub id")
+    add = parser.add_argument_group("student").add_argument
+    add("--variant", choices=compression.VARIANTS, help="blocks to remove (default: none)")
+    add("--width_ratio", type=arguments.positive_float, help="all widths times this, such as 0.5 (at most 1)")
+    add("--block_out_channels", type=arguments.positive_int, nargs="+", help="widths of the stages that are left")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="outputs/student", help="where the student pipeline goes")
+    add("--overwrite_output_dir", action="store_true", help="replace what the folder holds")
+    add("--dry_run", action="store_true", help="only say what would be made; reads the UNet's config alone")
+    return parser.parse_args(argv)
+
+
+def student_widths(args, config):
+    """block_out_channels of the student, or None where they stay. Raises UsageError."""
+    if args.width_ratio is None:
+        return args.block_out_channels
+    if args.width_ratio > 1:
+        raise UsageError(
+            f"--width_ratio {args.width_ratio:g} is more than 1: a student is not wider than its teacher."
+        )
+    left = compression.student_config(config, args.variant)["block_out_channels"]
+    return compression.scaled_widths(left, args.width_ratio)
+
+
+def print_table(teacher, student, costs, manifest=None):
+    """What was kept, as text. teacher and student: configs; costs: compression.costs; manifest: of a made student."""
+    rows = [("", "teacher", "student")]
+    for name in ("block_out_channels", "down_block_types", "mid_block_type", "layers_per_block",
+                 "transformer_layers_per_block"):  # fmt: skip
+        values = [config.get(name) for config in (teacher, student)]
+        rows.append((name, *(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)))
+    for name in ("parameters", "macs"):
+        before, after = costs[name]["teacher"], costs[name]["student"]
+        rows.append((name, f"{before:,}", f"{after:,} ({after / before:.1%})"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
+    if manifest is not None:
+        moved = {name: source for name, source in manifest["block_map"].items()
+                 if name != source and ".transformer_blocks." not in name}  # fmt: skip
+        print("\n".join(f"{name} is the teacher's {source}" for name, source in moved.items()))
+
+
+def main(args):
+    if args.width_ratio is not None and args.block_out_channels is not None:
+        raise UsageError("--width_ratio and --block_out_channels both set the widths: give one of them.")
+    if args.variant is None and args.width_ratio is None and args.block_out_channels is None:
+        raise UsageError("nothing to do: give --variant, --width_ratio or --block_out_channels.")
+    if args.pretrained_model_name_or_path is None:
+        args.pretrained_model_name_or_path = str(TINY_SD)
+        print("No --pretrained_model_name_or_path given: the teacher is the embedded tiny-sd.", flush=True)
+    output = Path(args.output_dir)
+    if not args.dry_run and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not output.is_dir() or not args.overwrite_output_dir:
+            raise UsageError(f"--output_dir {output} is not empty: name another, or add --overwrite_output_dir.")
+        if not (output / compression.MANIFEST).is_file():
+            raise UsageError(f"--output_dir {output} holds no {compression.MANIFEST}, so it is not replaced.")
+    teacher = args.pretrained_model_name_or_path
+    read_pipeline_config(teacher, args.revision)  # a bad path is said before anything else
+    config = UNet2DConditionModel.load_config(teacher, subfolder="unet", revision=args.revision)
+    # From here on every default of the class is in the config, as a model has it.
+    config = dict(compression.empty_unet(config).config)
+    widths = student_widths(args, config)
+    student = compression.student_config(compression.student_config(config, args.variant), None, widths)
+    if args.dry_run:
+        print_table(config, student, compression.costs(config, student))
+        return
+
+    pipeline = load_pipeline(teacher, revision=args.revision)
+    unet, manifest = compression.build_student(pipeline.unet, args.variant, widths)
+    print_table(config, student, manifest, manifest)
+    pipeline.unet = unet
+    contract = read_distillation(teacher)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FinalFolder(output) as folder:
+        pipeline.save_pretrained(folder)
+        compression.write_manifest(folder, {"parent": teacher, **manifest})
+        write_distillation(folder, **{
+            "steps": None, "timesteps": None, "target": None, **contract, "method": "prepare_unet_small",
+            "parent": teacher})  # fmt: skip
+        write_model_card(
+            folder, "Smaller student, not trained yet", teacher,
+            usage="""
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")  # train it first: train_student_kd.py""",
+            notes={
+                "variant": args.variant, "block_out_channels": manifest["block_out_channels"],
+                "UNet parameters": f"{manifest['parameters']['student']:,} of {manifest['parameters']['teacher']:,}",
+            })  # fmt: skip
+    print(f"Done: {output}", flush=True)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    arguments.run_script(main, args)
