@@ -26,15 +26,11 @@ decode (without PNG files); `_without_decode` leaves the VAE out. A prompt's tim
 """
 
 import gc
-import json
-import re
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image, ImageOps
@@ -44,7 +40,22 @@ from common import arguments, metrics, results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.diffusion import ddim_scheduler, student_scheduler
-from common.models import TINY_SD, decode_latents, is_sdxl, load_pipeline, read_distillation, read_pipeline_config
+from common.models import TINY_SD, is_sdxl, load_pipeline, read_pipeline_config
+from common.sampling import (
+    check_lora_path,
+    comes_from_tiny_sd,
+    default_batch_size,
+    guidance,
+    list_timesteps,
+    load_lora,
+    read_contract,
+    read_prompts_file,
+    resolve_parent,
+    sample_timed,
+    saved_scheduler,
+    scheduler_for,
+    slug,
+)
 from common.validation import image_grid
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -154,11 +165,6 @@ class Configuration:
     timesteps: list
 
 
-def default_batch_size(resolution):
-    """Images per call that fit a small GPU: tiny-sd's by the score, SD1.5's and SDXL's by the few."""
-    return 64 if resolution <= 64 else 8 if resolution <= 512 else 4
-
-
 def make_plan(args):
     """The Plan of these arguments; prints where scheduler and guidance come from. Raises UsageError."""
     lora = args.lora_path
@@ -195,60 +201,6 @@ def make_plan(args):
     return Plan(model, teacher, contract, scheduler_from, steps, guidance_scale, teacher_scale)
 
 
-def check_lora_path(path):
-    """Whether the LoRA is one of ours (a folder with distillation.json); UsageError where there is no LoRA."""
-    where, folder = f"--lora_path {path}", Path(path)
-    if folder.is_dir():
-        if not any(folder.glob("*.safetensors")) or folder.name.startswith("checkpoint-"):
-            finals = [str(f) for f in (folder / "final", folder.parent / "final") if f.is_dir()]
-            hint = f" (did you mean {finals[0]}?)" if finals else ""
-            raise UsageError(f"{where}: the folder holds no LoRA to load{hint}.")
-        if not (folder / "distillation.json").is_file():
-            return False
-        for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json"):
-            if not (folder / name).is_file():
-                raise UsageError(f"{where}: {name} is missing beside distillation.json.")
-        return True
-    if folder.is_file():
-        if folder.suffix != ".safetensors":
-            raise UsageError(f"{where}: only .safetensors files are loaded.")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
-        raise UsageError(f"{where}: there is no such file or folder, and it is not a hub id (owner/name) either.")
-    return False
-
-
-def read_contract(path):
-    """distillation.json of a pipeline or LoRA folder; an ordinary teacher's where there is none."""
-    try:
-        return read_distillation(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{Path(path) / 'distillation.json'} can't be read ({error}).") from None
-
-
-def resolve_parent(contract, path):
-    """The pipeline that a student was made from: as recorded, or the embedded tiny-sd of this checkout."""
-    parent = str(contract.get("parent"))
-    if not Path(parent).exists() and Path(parent).name == TINY_SD.name:
-        return str(TINY_SD)
-    if not Path(parent).exists() and (Path(parent).is_absolute() or parent.count("/") != 1):
-        raise UsageError(f"{path} was made from {parent}, which is not here: give --pretrained_model_name_or_path.")
-    return parent
-
-
-def guidance(contract, given, flag, outside=False):
-    """(guidance_scale of the pipeline call, where it comes from) for weights with this distillation.json."""
-    if outside:
-        scale = 1.0 if given is None else given
-        return scale, f"{scale:g}, from {flag}" if given is not None else "1, the default for an outside LoRA"
-    if contract["guidance"] == "baked":
-        if given is not None and given > 1:
-            raise UsageError(f"{flag} {given:g}: these weights have guidance baked in and would be guided twice.")
-        return 1.0, "baked into the weights, so guidance_scale 1 and one UNet pass a step"
-    scale = contract.get("guidance_scale", 7.5) if given is None else given
-    kind = "an input of the UNet, one pass a step" if contract["guidance"] == "embedded" else "classifier-free"
-    return scale, f"{scale:g} ({kind}), " + ("as saved, or 7.5" if given is None else f"from {flag}")
-
-
 def read_prompts(args, plan):
     """The prompts of --prompt, --held_out_captions or --prompts_file, else of the file that suits the model."""
     if args.prompt:
@@ -258,23 +210,8 @@ def read_prompts(args, plan):
         if len(prompts) < args.held_out_captions:
             raise UsageError(f"--held_out_captions {args.held_out_captions}: there are {len(prompts)}.")
     else:
-        ancestors = [plan.model]  # tiny-sd, or made from it at some remove?
-        while (parent := read_contract(ancestors[-1]).get("parent")) and parent not in ancestors:
-            ancestors.append(parent)
-        tiny = TINY_SD.name in [Path(path).name for path in ancestors]
-        path = Path(args.prompts_file or PROMPTS / ("shapes20.txt" if tiny else "coco20.txt"))
-        where = f"--prompts_file {path}"
-        try:
-            text = path.read_text(encoding="utf-8")
-            if path.suffix == ".json":
-                entries = json.loads(text)
-                prompts = [entries[i]["text"] for i in range(len(entries))]  # a dict has no entry 0
-            else:
-                prompts = text.splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{where} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from None
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{where} is not a JSON list of {{'text': ...}}.") from None
+        default = "shapes20.txt" if comes_from_tiny_sd(plan.model) else "coco20.txt"
+        return read_prompts_file(args.prompts_file or PROMPTS / default)
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise UsageError(f"{where} has no prompt in it.")
@@ -293,7 +230,7 @@ def load_model(path, args, lora=None):
     if xl and dtype == torch.float16:
         pipeline.vae.to(dtype=torch.float32)  # SDXL's VAE overflows in half precision
     if lora:
-        load_lora(pipeline, lora, args)
+        load_lora(pipeline, lora, args.lora_scale, args.fuse_lora)
     if args.attention_slicing:
         pipeline.enable_attention_slicing()
     if args.vae_slicing:
@@ -309,39 +246,18 @@ def load_model(path, args, lora=None):
     return pipeline
 
 
-def load_lora(pipeline, path, args):
-    """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
-    try:
-        pipeline.load_lora_weights(path, adapter_name="student", use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UsageError(f"--lora_path {path}: it does not load on this pipeline ({first})") from None
-    config = getattr(pipeline.unet, "peft_config", {}).get("student")
-    if config is None:
-        raise UsageError(f"--lora_path {path}: it has no weights for this pipeline's UNet.")
-    print(f"LoRA: rank {config.r}, alpha {config.lora_alpha:g}, --lora_scale {args.lora_scale:g}.", flush=True)
-    pipeline.set_adapters(["student"], [args.lora_scale])
-    if args.fuse_lora:
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-
-
 def student_configurations(args, plan, pipeline):
     """One Configuration per step count of the student, with the scheduler that belongs to its weights."""
     saved, trained = pipeline.scheduler, plan.contract.get("steps")
     if plan.scheduler_from == "lora":
-        folder = Path(args.lora_path) / "scheduler"
-        kind = getattr(diffusers, json.loads((folder / "scheduler_config.json").read_text())["_class_name"])
-        saved = kind.from_pretrained(folder)
+        saved = saved_scheduler(args.lora_path)
     found = []
     for steps in plan.steps:
-        scheduler = saved
+        scheduler = scheduler_for(saved, plan.contract, steps)
         if plan.scheduler_from == "flag":
             scheduler = student_scheduler(saved, "next" if args.scheduler == "ddim" else "x0", steps)
             if args.scheduler == "lcm50":
                 scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=50)
-        elif plan.contract.get("target") == "next" and steps != trained:
-            scheduler = ddim_scheduler(saved, steps)  # the one that was saved is right for the trained count alone
         timesteps = list_timesteps(scheduler, steps)
         note = "" if trained in (None, steps) else f" (trained for {trained} steps: {plan.contract.get('timesteps')})"
         shown = timesteps if len(timesteps) <= 16 else f"{timesteps[:3]} ... {timesteps[-1]}"
@@ -364,16 +280,6 @@ def teacher_configurations(args, plan, pipeline):
     return found
 
 
-def list_timesteps(scheduler, steps):
-    copy = type(scheduler).from_config(scheduler.config)
-    try:
-        copy.set_timesteps(steps)
-    except ValueError as error:
-        raise UsageError(f"--steps {steps}: {type(scheduler).__name__} refuses it ({str(error)[:200]})") from None
-    return [int(t) for t in copy.timesteps]
-
-
-@torch.no_grad()
 def generate(pipeline, configuration, prompts, init_image, args):
     """All images of a configuration, timed. Returns a dict: images (PIL), files, seconds (per image), memory."""
     jobs = [(i, j) for i in range(len(prompts)) for j in range(args.num_images)]
@@ -384,21 +290,12 @@ def generate(pipeline, configuration, prompts, init_image, args):
     if init_image is not None:
         start_from = {"image": ImageOps.fit(init_image, (args.resolution,) * 2), "strength": args.strength}
 
-    def now():
-        if cuda:
-            torch.cuda.synchronize(args.device)
-        return time.perf_counter()
-
     def run(batch, steps):
-        began = now()
-        latents = pipeline(
-            prompt=[prompts[i] for i, _ in batch], num_inference_steps=steps, output_type="latent",
+        return sample_timed(
+            pipeline, args.device, prompt=[prompts[i] for i, _ in batch], num_inference_steps=steps,
             negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
             guidance_scale=configuration.guidance_scale,
-            generator=[sample_generator(args.seed, i, j) for i, j in batch], **start_from).images  # fmt: skip
-        sampled = now()
-        pixels = decode_latents(pipeline.vae, latents.to(pipeline.vae.dtype))
-        return pixels, sampled - began, now() - began
+            generator=[sample_generator(args.seed, i, j) for i, j in batch], **start_from)  # fmt: skip
 
     for size in {len(batch) for batch in batches}:  # the warm-up: every batch size, few steps where that is possible
         run(jobs[:size], configuration.steps if init_image is not None else min(2, configuration.steps))
@@ -430,10 +327,6 @@ def generate(pipeline, configuration, prompts, init_image, args):
     kind = "CUDA allocated" if cuda else "peak RSS of the process so far"
     made["memory"] = {"peak_memory_mib": peak, "peak_memory_kind": kind}
     return made
-
-
-def slug(text):
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "prompt"
 
 
 def report_of(args, plan, runs):

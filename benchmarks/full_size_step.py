@@ -1,15 +1,16 @@
-"""Optimizer steps of train_flash_lora.py on a full-size SD1.5 with random weights: memory, checkpoint size.
+"""Optimizer steps of a training script on a full-size SD1.5 with random weights: memory, checkpoint size.
 
     python benchmarks/full_size_step.py --resolution 64
+    python benchmarks/full_size_step.py --script train_student_kd.py --resolution 64      # into its sd_tiny
 
-Writes the pipeline (4.3 GB) into --work_dir, trains --max_steps steps in a fresh process and prints its peak resident
-memory, the seconds with start-up, and the checkpoint's size as one JSON line.
+Writes the pipeline (4.3 GB; its sd_tiny beside it) into --work_dir, trains --max_steps steps in a fresh process and
+prints its peak resident memory, the seconds with start-up, and the checkpoint's size as one JSON line.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -51,28 +52,45 @@ def build_sd15(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="outputs/full_size")
+    parser.add_argument("--script", choices=("train_flash_lora.py", "train_student_kd.py"),
+                        default="train_flash_lora.py")  # fmt: skip
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--max_steps", type=int, default=1)
-    parser.add_argument("rest", nargs="*", help="further arguments of train_flash_lora.py, after --")
+    parser.add_argument("rest", nargs="*", help="further arguments of the script, after --")
     args = parser.parse_args()
     work = Path(args.work_dir)
-    pipeline, run = work / "sd15", work / "run"
+    pipeline, student, run = work / "sd15", work / "sd15_tiny", work / f"run_{Path(args.script).stem}"
     if not (pipeline / "model_index.json").is_file():
-        build_sd15(pipeline)
+        # In a process of its own: a child's peak starts from that of the process that it was forked from.
+        builder = multiprocessing.get_context("spawn").Process(target=build_sd15, args=(pipeline,))
+        builder.start()
+        builder.join()
+        if builder.exitcode:
+            sys.exit(f"{pipeline} could not be written")
+    environment, more = {**os.environ, "HF_HUB_OFFLINE": "1"}, []
+    if args.script == "train_student_kd.py":
+        more = ["--student_model", str(student)]
+        if not (student / "model_index.json").is_file():
+            prepare = [sys.executable, str(ROOT / "prepare_unet_small.py"), "--variant", "sd_tiny",
+                       "--pretrained_model_name_or_path", str(pipeline), "--output_dir", str(student)]  # fmt: skip
+            subprocess.run(prepare, check=True, env=environment)
     command = [
-        sys.executable, str(ROOT / "train_flash_lora.py"), "--pretrained_model_name_or_path", str(pipeline),
+        sys.executable, str(ROOT / args.script), "--pretrained_model_name_or_path", str(pipeline), *more,
         "--dataset_name", "shapes", "--resolution", str(args.resolution), "--batch_size", "1", "--max_steps",
         str(args.max_steps), "--output_dir", str(run), "--overwrite_output_dir", "--report_to", "none", *args.rest,
     ]  # fmt: skip
     began = time.time()
-    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    checkpoint = run / "lora" / f"checkpoint-{args.max_steps}"
+    process = subprocess.Popen(command, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)  # its own peak, not that of whatever was waited for before
+    if status:
+        sys.exit(f"{args.script} ended with {os.waitstatus_to_exitcode(status)}")
+    checkpoint = next(run.rglob(f"checkpoint-{args.max_steps}"))
     print(
         json.dumps(
             {
                 "command": command[1:],
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                "peak_resident_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
+                "peak_resident_gb": usage.ru_maxrss * 1024 / 1e9,
                 "seconds_with_start": time.time() - began,
                 "checkpoint_mb": sum(file.stat().st_size for file in checkpoint.rglob("*")) / 1e6,
             }

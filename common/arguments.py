@@ -8,6 +8,7 @@ import sys
 from accelerate.tracking import get_available_trackers
 
 from common.checkpoint import CheckpointError
+from common.compression import CompressionError
 from common.data import DataError
 from common.models import TINY_SD, ModelError
 
@@ -22,7 +23,7 @@ FREE_ON_RESUME = {
     "output_dir", "run_name", "overwrite_output_dir", "max_train_steps", "resume_from_checkpoint",
     "checkpointing_steps", "checkpoints_total_limit", "train_batch_size", "gradient_accumulation_steps",
     "dataloader_num_workers", "validation_prompts", "validation_steps", "num_validation_images", "report_to",
-    "export", "gradient_checkpointing", "torch_compile", "allow_tf32",
+    "export", "gradient_checkpointing", "torch_compile", "allow_tf32", "eval_steps", "teacher_cpu_offload",
 }  # fmt: skip
 
 
@@ -102,9 +103,11 @@ def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_t
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step")
     add("--max_train_steps", "--max_steps", type=positive_int, default=max_train_steps, help="optimizer steps in all")
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
-    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant",
-        help="after the warm-up: constant, or down to 0 at --max_train_steps")  # fmt: skip
-    add("--lr_warmup_steps", type=natural, default=0, help="steps of linear warm-up")
+    add("--lr_scheduler", choices=("constant", "linear", "cosine", "one_cycle"), default="constant",
+        help="after the warm-up: constant, or down to 0 at --max_train_steps; one_cycle: up from 1/25 along a cosine "
+             "for the warm-up, then down to 1/250000 along another")  # fmt: skip
+    add("--lr_warmup_steps", type=natural, default=0,
+        help="steps of linear warm-up (one_cycle: of its rise, 0 being 30 %% of the run)")  # fmt: skip
     add("--adam_beta1", type=fraction, default=0.9, help="AdamW")
     add("--adam_beta2", type=fraction, default=0.999, help="AdamW")
     add("--adam_weight_decay", type=fraction, default=0.0, help="AdamW")
@@ -177,7 +180,17 @@ def check_tracker(args):
 
 
 def learning_rate_at(step, args):
-    """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing."""
+    """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing.
+
+    one_cycle is torch's OneCycleLR (its defaults: cosine, 30 % rise, from 1/25, to 1/250000), momentum left alone.
+    """
+    if args.lr_scheduler == "one_cycle":
+        last, peak = args.max_train_steps - 1, (args.lr_warmup_steps or 0.3 * args.max_train_steps) - 1
+        if step < peak:
+            low, done = args.learning_rate / 25, 1 - step / peak
+        else:
+            low, done = args.learning_rate / 250000, (step - peak) / max(last - peak, 1)
+        return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
     if step < args.lr_warmup_steps:
         return args.learning_rate * (step + 1) / args.lr_warmup_steps
     done = (step - args.lr_warmup_steps) / max(args.max_train_steps - args.lr_warmup_steps, 1)
@@ -197,7 +210,7 @@ def run_script(main, args):
     """Run main(args); a user's mistake becomes one sentence on stderr and exit status 2."""
     try:
         main(args)
-    except (UsageError, ModelError, DataError, CheckpointError) as error:
+    except (UsageError, ModelError, DataError, CheckpointError, CompressionError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
         print(f"error: {error}{where}", file=sys.stderr, flush=True)

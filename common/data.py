@@ -44,7 +44,7 @@ def sample_generator(seed, step, index, stream=0):
     """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank.
 
     `stream` sets apart independent uses of one sample: 0 training noise, 1 augmentation, 2 data order, 3 the crop of
-    `--loss lpips`.
+    `--loss lpips`, 4 the noise that evaluation during training starts from.
     """
     state = np.random.SeedSequence([seed, step, index] + [stream] * (stream != 0)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))

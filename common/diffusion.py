@@ -57,6 +57,20 @@ class NoiseSchedule:
         alpha, sigma = self.alpha(timesteps), self.sigma(timesteps)
         return alpha * output + sigma * z if self.prediction_type == "v_prediction" else (z - alpha * output) / sigma
 
+    def target(self, x0, noise, timesteps, prediction_type=None):
+        """What a right model of `prediction_type` (default: this schedule's) says of x0 and noise (B, C, H, W)."""
+        prediction_type = prediction_type or self.prediction_type
+        if prediction_type == "v_prediction":
+            return self.alpha(timesteps) * noise - self.sigma(timesteps) * x0
+        return x0 if prediction_type == "sample" else noise
+
+    def convert(self, output, z, timesteps, prediction_type):
+        """A model output of this schedule's prediction_type as one of another, (B, C, H, W), in fp32."""
+        if prediction_type == self.prediction_type:
+            return output.float()
+        x0, noise = self.to_x0(output, z, timesteps), self.to_epsilon(output, z, timesteps)
+        return self.target(x0, noise, timesteps, prediction_type)
+
     def ddim_step(self, output, z, timesteps, next_timesteps):
         """Deterministic DDIM (Song et al. 2021, eq. 12, eta 0) from timesteps to next_timesteps, both (B,)."""
         x0 = self.to_x0(output, z, timesteps)

@@ -5,6 +5,8 @@ returns is on the CPU.
 """
 
 import functools
+import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -281,7 +283,7 @@ def frechet_distance(real_features, fake_features):
         raise ValueError(f"The Fréchet distance needs more than one image on each side, {shapes_of_both}")
     network = nn.Identity()  # the features are there already
     network.num_features = real_features.shape[1]
-    metric = FrechetInceptionDistance(feature=network)
+    metric = FrechetInceptionDistance(feature=network, sync_on_compute=False)  # one process may hold all features
     metric.update(real_features.detach().cpu().double(), real=True)
     metric.update(fake_features.detach().cpu().double(), real=False)
     return metric.compute().item()
@@ -295,6 +297,54 @@ def shapes_real_features(clip_judge, count=2000):
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(clip_judge.pooled_features(pixels))
     return torch.cat(parts)
+
+
+def load_inception(path=None):
+    """The Inception-v3 of FID: a frozen module, uint8 images (B, 3, H, W) to features (B, 2048), by torchmetrics.
+
+    `path`: torch-fidelity's weights as .safetensors or .pth (tensors only); None downloads them.
+    Raises ValueError, naming the path, where the file doesn't hold them, and OSError where the download fails.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    if path is None:
+        weights = torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", weights_only=True)
+    try:
+        if path is not None:
+            weights = read_tensors(path)
+        held = io.BytesIO()  # torch-fidelity would unpickle whatever the file holds: it gets only what was read here
+        torch.save(dict(weights), held)
+        held.seek(0)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], held)
+    except Exception as error:  # whatever a file can have wrong
+        raise ValueError(f"--inception_path {path} does not hold torch-fidelity's Inception weights.") from error
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def inception_features(network, pixels):
+    """Features (B, D) by load_inception's network, of pixels (B, 3, H, W) in [-1, 1] taken as 8-bit images."""
+    check_pixels(pixels)
+    device = next(network.parameters()).device
+    images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return torch.cat([network(part.to(device)).float().cpu() for part in images.split(BATCH)])
+
+
+def read_tensors(path):
+    """State dict of a .safetensors file, or of any other that torch.load opens with tensors only."""
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def fingerprint(module):
+    """A short hash of a module's weights and buffers: networks of the same features have the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
@@ -327,26 +377,15 @@ def load_lpips(trunk_path=None):
     Raises ValueError, naming the path, where the file doesn't hold them.
     """
     import lpips
-    import torchvision
 
     network = lpips.LPIPS(net="vgg", pnet_rand=trunk_path is not None, verbose=False)
     if trunk_path is not None:
+        trunk = network.net
         try:
-            if str(trunk_path).endswith(".safetensors"):
-                weights = load_file(trunk_path)
-            else:
-                weights = torch.load(trunk_path, weights_only=True, map_location="cpu")
-            vgg = torchvision.models.vgg16(weights=None)
-            vgg.features.load_state_dict({k[9:]: v for k, v in weights.items() if k.startswith("features.")})
+            weights = read_tensors(trunk_path)
+            for part in (trunk.slice1, trunk.slice2, trunk.slice3, trunk.slice4, trunk.slice5):
+                for index, layer in part.named_children():  # lpips keeps torchvision's layer numbers as names
+                    layer.load_state_dict({name: weights[f"features.{index}.{name}"] for name in layer.state_dict()})
         except Exception as error:
             raise ValueError(f"--lpips_trunk_path {trunk_path} does not hold torchvision's VGG-16 weights.") from error
-        for part in (
-            network.net.slice1,
-            network.net.slice2,
-            network.net.slice3,
-            network.net.slice4,
-            network.net.slice5,
-        ):
-            for index, layer in part.named_children():  # lpips keeps torchvision's layer numbers as names
-                layer.load_state_dict(vgg.features[int(index)].state_dict())
     return network.eval().requires_grad_(False)

@@ -44,6 +44,13 @@ class Conditioning:
         """One row repeated to a batch."""
         return Conditioning(*(None if x is None else x.expand(batch_size, *x.shape[1:]) for x in self._tensors()))
 
+    def where(self, mask, other):
+        """This, with the rows of `other` where mask (B,) is true."""
+        pairs = zip(self._tensors(), other._tensors())
+        return Conditioning(*(
+            None if a is None else torch.where(mask.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs
+        ))  # fmt: skip
+
     def cat(self, other):
         pairs = zip(self._tensors(), other._tensors())
         return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in pairs))
@@ -73,14 +80,14 @@ for _pipeline_class in PIPELINES.values():
     logging.getLogger(_pipeline_class.__module__).addFilter(_OnceFilter())
 
 
-def read_pipeline_config(path, revision=None):
+def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_path"):
     """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
 
     The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
-    --pretrained_model_name_or_path, where there is no pipeline of a known class or its scheduler has no
-    NoiseSchedule: before gigabytes are loaded.
+    `flag`, where there is no pipeline of a known class or its scheduler has no NoiseSchedule: before gigabytes are
+    loaded.
     """
-    where = f"--pretrained_model_name_or_path {path}"
+    where = f"{flag} {path}"
     folder = Path(path)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
@@ -104,12 +111,12 @@ def read_pipeline_config(path, revision=None):
     return PIPELINES[name], unet["sample_size"] * factor, factor
 
 
-def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
     """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
 
-    Raises ModelError (one sentence naming --pretrained_model_name_or_path) where there is no such pipeline.
+    Raises ModelError (one sentence naming `flag`) where there is no such pipeline.
     """
-    pipeline_class, _, _ = read_pipeline_config(path, revision)
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag)
     extras = {}
     if pipeline_class is StableDiffusionPipeline:
         extras = {"safety_checker": None, "requires_safety_checker": False}
@@ -118,14 +125,41 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None):
             path, torch_dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **extras
         )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"--pretrained_model_name_or_path {path}: the pipeline does not load ({_first(error)})"
-        ) from None
+        raise ModelError(f"{flag} {path}: the pipeline does not load ({_first(error)})") from None
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_compatible(path, flag, teacher_path, teacher_revision=None):
+    """Raise ModelError unless the student pipeline at `path` (of `flag`) has the teacher's latents and text width.
+
+    From config files alone.
+    """
+    kinds = []
+    for where, revision, name in ((path, None, flag),
+                                  (teacher_path, teacher_revision, "--pretrained_model_name_or_path")):  # fmt: skip
+        pipeline_class, _, factor = read_pipeline_config(where, revision, name)
+        unet = UNet2DConditionModel.load_config(where, subfolder="unet", revision=revision)
+        vae = AutoencoderKL.load_config(where, subfolder="vae", revision=revision)
+        kinds.append({
+            "pipeline class": pipeline_class.__name__, "VAE factor": factor,
+            "latent channels": vae.get("latent_channels"), "latents' scale": vae.get("scaling_factor"),
+            "latents' shift": vae.get("shift_factor"), "UNet's input channels": unet["in_channels"],
+            "UNet's output channels": unet["out_channels"],
+            "text width": unet.get("encoder_hid_dim") or unet["cross_attention_dim"],
+        })  # fmt: skip
+    for what, value in kinds[0].items():
+        if value != kinds[1][what]:
+            raise ModelError(f"{flag} {path}: its {what}, {value}, is not the teacher's, {kinds[1][what]}.")
+
+
+def same_weights(a, b):
+    """Whether two modules have the same parameters and buffers, bit for bit."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
 
 
 def _first(error):

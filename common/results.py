@@ -42,15 +42,24 @@ TABLE = (  # what print_table shows: heading, column, how its value is written
     ("peak MiB", "peak_memory_mib", "{:.0f}".format),
 )
 
+QUALITY = {  # what `plot` draws, and which way is better
+    "scene_accuracy": "scene accuracy (up)",
+    "r_precision": "R-precision (up)",
+    "clip_score": "CLIP score (up)",
+    "fid": "FID (down)",
+    "frechet_clip": "Fréchet (CLIP) (down)",
+    "lpips": "LPIPS to the reference (down)",
+}
 
-def make_outdir(path):
+
+def make_outdir(path, flag="--outdir"):
     """Make --outdir. Raises UsageError where it can't be made or written: else that would show hours later."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"--outdir {path} can't be made or written ({error.strerror or error}).") from None
+        raise UsageError(f"{flag} {path} can't be made or written ({error.strerror or error}).") from None
 
 
 def load_judges(clip_model, reader, captions, device):
@@ -111,7 +120,7 @@ def rows_of(columns, figures, measured, prompts):
             chosen = values if index == "" else np.split(values, len(prompts))[index]
             row["images"], row[name] = len(chosen), float(chosen.mean())
         rows.append(row)
-    for name in METRICS:
+    for name in (*METRICS, "lpips"):
         if name in figures:
             rows[0][name], rows[0][f"{name}_low"], rows[0][f"{name}_high"] = figures[name]
     if "frechet" in figures:
@@ -125,7 +134,7 @@ def add_ratios(runs):
     for rows in runs:
         for row, base in zip(rows, baseline):
             for suffix in ("", "_without_decode"):
-                if f"seconds_per_image{suffix}" in base:
+                if f"seconds_per_image{suffix}" in base and f"seconds_per_image{suffix}" in row:
                     row[f"speedup{suffix}"] = base[f"seconds_per_image{suffix}"] / row[f"seconds_per_image{suffix}"]
             for name in METRICS:
                 if base.get(name):
@@ -169,3 +178,34 @@ def print_table(runs, table=TABLE):
     widths = [max(map(len, column)) for column in columns]
     for cells in zip(*columns):
         print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip())
+
+
+def plot(rows, x, series, path):
+    """A picture of every figure of QUALITY against column `x`, a line for each value of column `series`.
+
+    Points are named by their "model" unless that is the series. Nothing is written where nothing was measured.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = [name for name in QUALITY if any(name in row for row in rows)]
+    if not measured:
+        return
+    size = (4.5 * len(measured), 4)
+    figure, axes = plt.subplots(1, len(measured), figsize=size, squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], measured):
+        for value in dict.fromkeys(row[series] for row in rows):
+            chosen = sorted((row for row in rows if row[series] == value and name in row), key=lambda row: row[x])
+            below = [max(row[name] - row.get(f"{name}_low", row[name]), 0) for row in chosen]
+            above = [max(row.get(f"{name}_high", row[name]) - row[name], 0) for row in chosen]
+            places, heights = [row[x] for row in chosen], [row[name] for row in chosen]
+            label = str(value) if series == "model" else f"{value} {series}"
+            axis.errorbar(places, heights, [below, above], marker="o", capsize=3, label=label)
+            for row in chosen if series != "model" else []:
+                axis.annotate(row["model"], (row[x], row[name]), fontsize=7)
+        axis.set(xlabel=x, ylabel=QUALITY[name])
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,173 @@
+"""Evaluation during training: a model generates for fixed captions, and the judges of common/metrics.py score it.
+
+No image is written, and training is not disturbed: image i starts from the noise of (seed, i), and no global random
+number is drawn. Every process generates its share; the main one judges.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import arguments, metrics, shapes
+from common.arguments import UsageError
+from common.data import load_dataset_from_args, sample_generator
+from common.data_formats import DataError
+from common.models import TINY_SD, decode_latents
+
+BATCH = 16  # images per forward
+METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1}  # what decides the best; 1: higher
+
+
+def add_evaluation_arguments(parser):
+    group = parser.add_argument_group("evaluation during training")
+    add = group.add_argument
+    add("--eval_steps", type=arguments.positive_int, help="judge the averaged student every so many steps, and keep "
+        "the best one in best/ (default: never)")  # fmt: skip
+    add("--eval_data_dir", help="held-out images with captions, in any format of --data_dir (default with shapes: "
+        "held-out renders)")  # fmt: skip
+    add("--num_eval_images", type=arguments.positive_int, default=200, help="captions to judge by")
+    add("--eval_inference_steps", type=arguments.positive_int, default=25, help="DDIM steps per image")
+    add("--clip_model", help="CLIP for CLIP score and Fréchet distance (default with shapes: tiny-clip, else none)")
+    add("--inception_path", help="torch-fidelity's Inception weights, for FID (default: no FID)")
+    add("--lpips_trunk_path", help="VGG-16 weights, for LPIPS to the teacher at the same seeds (default: no LPIPS)")
+    return group
+
+
+class Evaluation:
+    """Captions, references and judges, loaded once. Raises UsageError where one that was asked for does not load.
+
+    args: --eval_data_dir (None: the held-out shapes), --num_eval_images, --clip_model (None: tiny-clip for shapes,
+    else none), --inception_path and --lpips_trunk_path (None: no FID, no LPIPS), resolution and seed. Only the main
+    process holds judges and references.
+    """
+
+    def __init__(self, args, accelerator):
+        self.seed, self.resolution, self.count = args.seed, args.resolution, args.num_eval_images
+        self.clip = self.inception = self.lpips = self.reader = self.teacher_images = None
+        self.references = {}
+        if args.eval_data_dir is None:
+            self.captions, dataset = shapes.held_out_captions(self.count), None
+        else:
+            held_out = {"data_dir": args.eval_data_dir, "dataset_name": None, "max_train_samples": self.count,
+                        "center_crop": True, "random_flip": False}  # fmt: skip
+            try:
+                dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **held_out}))
+            except DataError as error:
+                raise UsageError(str(error).replace("--data_dir", "--eval_data_dir")) from None
+            self.captions = [dataset.captions(index)[0] for index in range(len(dataset))]
+        self.count = len(self.captions)
+        if not accelerator.is_main_process:
+            return
+        try:
+            if args.clip_model or dataset is None:
+                self.clip = metrics.ClipJudge(args.clip_model or TINY_SD.parent / "tiny-clip", accelerator.device)
+            if args.inception_path:
+                self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
+            if args.lpips_trunk_path:
+                self.lpips = metrics.load_lpips(args.lpips_trunk_path).to(accelerator.device)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--eval_steps: {error}") from None
+        reader = TINY_SD.parent / "tiny-reader"
+        if dataset is None and reader.is_dir():
+            self.reader = metrics.SceneReader.from_pretrained(reader).to(accelerator.device)
+        for name, features in self._networks():
+            parts = [features(self._real(dataset, start)) for start in range(0, self.count, BATCH)]
+            self.references[name] = torch.cat(parts)
+
+    def _networks(self):
+        """(metric, pixels to features) of the feature networks there are: only Inception's distance is called FID."""
+        found = []
+        if self.inception is not None:
+            found.append(("fid", lambda pixels: metrics.inception_features(self.inception, pixels)))
+        if self.clip is not None:
+            found.append(("frechet_clip", self.clip.pooled_features))
+        return found
+
+    def _real(self, dataset, start):
+        """Pixels of the real images of the captions from `start` on, one batch."""
+        indices = range(start, min(start + BATCH, self.count))
+        if dataset is not None:
+            return torch.stack([dataset[index, 0, index]["pixel_values"] for index in indices])
+        images = np.stack([shapes.held_out_sample(index, seed=1)[0] for index in indices])
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def images(self, accelerator, pipeline, scheduler, num_inference_steps, guidance_scale):
+        """Pixels (N, 3, R, R) in [-1, 1] of all captions on the CPU of every process. Every rank must call it."""
+        share = -(-self.count // accelerator.num_processes)
+        first = share * accelerator.process_index
+        indices = [index % self.count for index in range(first, first + share)]  # gather wants equal shares
+        own_scheduler, pipeline.scheduler, parts = pipeline.scheduler, scheduler, []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for batch in (indices[start : start + BATCH] for start in range(0, share, BATCH)):
+                    latents = pipeline(
+                        [self.captions[index] for index in batch], num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale, height=self.resolution, width=self.resolution,
+                        generator=[sample_generator(self.seed, index, 0, stream=4) for index in batch],
+                        output_type="latent").images  # fmt: skip
+                    with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
+                        pixels = decode_latents(pipeline.vae, latents)
+                    parts.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        finally:
+            pipeline.scheduler = own_scheduler
+        gathered = accelerator.gather(torch.cat(parts).to(accelerator.device))
+        return gathered[: self.count].cpu().float() / 127.5 - 1
+
+    def report(self, accelerator, pixels, step):
+        """judge, printed in one line and given to the trackers as eval_<metric>. Main process."""
+        figures = self.judge(pixels)
+        accelerator.log({f"eval_{name}": value for name, value in figures.items()}, step=step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        print(f"Evaluation at step {step}: {shown}.", flush=True)
+        return figures
+
+    def judge(self, pixels):
+        """{metric: float} of images of all captions; with a LPIPS, `teacher_images` must be there. Main process."""
+        figures = {}
+        for name, features in self._networks():
+            found = features(pixels)
+            figures[name] = metrics.frechet_distance(self.references[name], found)
+            if name == "frechet_clip":
+                images, texts = self.clip.project(found), self.clip.text_features(self.captions)
+                figures["clip_score"] = metrics.clip_scores(images, texts).mean().item()
+        if self.reader is not None:
+            right = metrics.scene_accuracy(self.reader, pixels, self.captions)
+            figures["scene_accuracy"] = right.float().mean().item()
+        if self.lpips is not None:
+            device, distances = next(self.lpips.parameters()).device, []
+            for part, other in zip(pixels.split(BATCH), self.teacher_images.split(BATCH)):
+                with torch.no_grad():
+                    distances.append(self.lpips(part.to(device), other.to(device)).flatten().cpu())
+            figures["lpips_teacher"] = torch.cat(distances).mean().item()
+        return figures
+
+
+def check_evaluation(args):
+    """Refuse, before anything is loaded, an evaluation that can't work or would have nothing to say."""
+    if args.eval_steps is None:
+        return
+    drawn = args.dataset_name == "shapes"
+    if args.eval_data_dir is None and not drawn:
+        raise UsageError("--eval_steps needs --eval_data_dir: images with captions that are not trained on.")
+    if args.num_eval_images < 2:
+        raise UsageError("--num_eval_images 1 is not enough: a Fréchet distance needs two images.")
+    for name in ("inception_path", "lpips_trunk_path", "eval_data_dir"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"--{name} {path}: there is no such file.")
+    if args.eval_data_dir and not (args.clip_model or args.inception_path or args.lpips_trunk_path):
+        raise UsageError("--eval_steps has no judge: give --clip_model, --inception_path or --lpips_trunk_path.")
+
+
+def better(best, figures, step):
+    """`best` ({"metric", "value", "step"} or None), or these figures of `step` where they are better.
+
+    The first of METRICS that was measured decides. A run resumed with other judges starts to compare anew.
+    """
+    metric = next(name for name in METRICS if name in figures)
+    value = figures[metric]
+    if best is not None and best["metric"] == metric and METRICS[metric] * (value - best["value"]) <= 0:
+        return best
+    return {"metric": metric, "value": value, "step": step}

@@ -1,0 +1,337 @@
+"""evaluate.py on tiny random pipelines, LoRAs and folders of images: figures, sharing, kept features, mistakes."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, launch, read_json, run_in_process
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import evaluate
+import inference
+from common import image_sets, metrics, shapes
+from common.arguments import run_script
+from common.diffusion import student_scheduler, student_timesteps
+from common.validation import write_distillation
+
+JUDGED = ("clip_score", "r_precision", "scene_accuracy", "frechet_clip")
+
+
+class Features(nn.Module):
+    """A stand-in for Inception: uint8 images (B, 3, H, W) to 4 numbers each."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(48, 4, generator=generator), requires_grad=False)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return nn.functional.adaptive_avg_pool2d(images.to(self.weight.dtype) / 255, 4).flatten(1) @ self.weight
+
+
+class SquaredError(nn.Module):
+    """A stand-in for LPIPS."""
+
+    def forward(self, a, b):
+        return ((a - b) ** 2).mean(dim=(1, 2, 3), keepdim=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, pipelines):
+    """A LoRA as train_flash_lora.save_final writes it, folders of images, and files that are wrong."""
+    root = tmp_path_factory.mktemp("evaluate")
+    pipeline = DiffusionPipeline.from_pretrained(pipelines("sd"))
+    torch.manual_seed(1)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    type(pipeline).save_lora_weights(
+        root / "final", unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict())  # fmt: skip
+    scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
+    scheduler.save_pretrained(root / "final/scheduler")
+    write_distillation(
+        root / "final", method="flash_lora", parent=pipelines("sd"), steps=2,
+        timesteps=student_timesteps(scheduler, 2), guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+    for name, count in (("five", 5), ("other", 5), ("three", 3), ("one", 1), ("empty", 0)):
+        (root / name).mkdir()
+        for i in range(count):
+            scene = shapes.held_out_sample(i, seed=len(name))[0]
+            Image.fromarray(scene).save(root / name / f"{i + 8}.png")  # 8.png comes before 10.png
+    (root / "broken").mkdir()
+    for i in range(3):
+        (root / "broken" / f"{i}.png").write_text("no image")
+    (root / "one.txt").write_text("a dog\n")
+    (root / "prompts.txt").write_text("a dog\na cat\n")
+    return root
+
+
+def run(outdir, *flags):
+    """evaluate.py in this process on shapes captions: the configurations of results.json."""
+    outdir = Path(outdir)
+    given = ["--output_dir", outdir / "out", "--cache_dir", outdir / "kept", "--num_real_images", 6]
+    run_in_process(evaluate, *given, *flags)
+    return read_json(outdir / "out/results.json")["configurations"]
+
+
+SHAPES = ("--dataset_name", "shapes", "--num_images", 5, "--batch_size", 2)
+
+
+@pytest.fixture(scope="module")
+def judged(root, pipelines, tmp_path_factory):
+    """One run over two models at two step counts."""
+    outdir = tmp_path_factory.mktemp("judged")
+    return outdir, run(outdir, *SHAPES, "--models", pipelines("sd"), root / "final", "--steps", 1, 2)
+
+
+def test_files_and_rows(judged, root, pipelines):
+    outdir, rows = judged
+    names = {"grid.png", "quality_steps.png", "quality_size.png", "results.csv", "results.json", "images"}
+    assert {path.name for path in (outdir / "out").iterdir()} == names
+    teacher = f"{pipelines('sd')} {{}} steps w=7.5"
+    assert [row["configuration"] for row in rows] == [
+        teacher.format(2), teacher.format(1), f"{root}/final 1 steps", f"{root}/final 2 steps"]  # fmt: skip
+    assert [row["role"] for row in rows] == ["baseline", "model", "model", "model"]
+    assert rows[0]["speedup"] == 1 and rows[-1]["timesteps"] == [999, 499] and rows[-1]["scheduler"] == "LCMScheduler"
+    with open(outdir / "out/results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == list(evaluate.COLUMNS)
+    for row, line in zip(rows, table):
+        assert row["images"] == 5 and row["seconds_per_image"] > row["seconds_per_image_without_decode"] > 0
+        assert all(float(line[name]) == row[name] for name in JUDGED) and row["clip_score_low"] <= row["clip_score"]
+        assert len(row["files"]) == 5 and all(Path(file).is_file() for file in row["files"])
+        assert line["fid"] == line["lpips"] == ""
+
+
+def test_sizes_and_bytes(judged, root, pipelines):
+    _, rows = judged
+    pipeline = DiffusionPipeline.from_pretrained(pipelines("sd"))
+    counts = [sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "text_encoder", "vae")]
+    assert [rows[0][f"{name}_parameters"] for name in ("unet", "text_encoder", "vae")] == counts
+    assert rows[0]["parameters"] == sum(counts)
+    size = sum(file.stat().st_size for file in Path(pipelines("sd")).rglob("*.safetensors"))
+    lora = (root / "final/pytorch_lora_weights.safetensors").stat().st_size
+    assert rows[0]["bytes_on_disk"] == size and rows[-1]["bytes_on_disk"] == size + lora
+    assert rows[-1]["unet_parameters"] > rows[0]["unet_parameters"]
+
+
+def test_images_are_those_of_inference(judged, root, tmp_path):
+    """Scheduler, guidance and noise are what inference.py takes for the same output."""
+    _, rows = judged
+    flags = ["--lora_path", root / "final", "--held_out_captions", 5, "--clip_model", "none", "--reader", "none"]
+    run_in_process(inference, *flags, "--outdir", tmp_path, "--batch_size", 2, "--device", "cpu", "--steps", 1, 2)
+    for row, entry in zip(rows[2:], read_json(tmp_path / "results.json")["configurations"]):
+        for mine, theirs in zip(row["files"], entry["files"], strict=True):
+            assert np.array_equal(Image.open(mine), Image.open(tmp_path / theirs))
+
+
+def test_a_folder_scores_as_its_pipeline_and_features_are_kept(judged, tmp_path, monkeypatch, capsys):
+    outdir, rows = judged
+    shutil.copytree(outdir / "kept", tmp_path / "kept")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()}
+    assert len(before) == 1
+    folder = Path(rows[0]["files"][0]).parent
+    monkeypatch.setattr(metrics, "load_lpips", lambda path: SquaredError())
+    trunk = tmp_path / "trunk.safetensors"
+    trunk.touch()
+    others = ["--models", folder, Path(rows[1]["files"][0]).parent, "--lpips_trunk_path", trunk]
+    same, other = run(tmp_path, *SHAPES, *others)
+    assert all(same[name] == rows[0][name] and other[name] == rows[1][name] for name in JUDGED)
+    assert same["lpips"] == 0 < other["lpips"] and "seconds_per_image" not in same and "steps" not in same
+    assert other["lpips_low"] < other["lpips"] < other["lpips_high"]
+    assert "kept CLIP features of 6" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()} == before
+    # Another count is another key; a torn file is computed again.
+    for file in before:
+        file.write_bytes(file.read_bytes()[:100])
+    (again, _) = run(tmp_path, *SHAPES, *others, "--num_real_images", 7)
+    assert again["frechet_clip"] != same["frechet_clip"] and len(list((tmp_path / "kept").iterdir())) == 2
+    (again, _) = run(tmp_path, *SHAPES, *others)
+    assert again["frechet_clip"] == same["frechet_clip"] and len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_keys_of_kept_features(root, tmp_path):
+    first, other = image_sets.real_folder(root / "five", 32), image_sets.real_folder(root / "other", 32)
+    keys = [{"images": real.identity, "count": real.count, "network": network}
+            for real, network in ((first, "a"), (first, "b"), (other, "a"), (image_sets.real_shapes(5), "a"),
+                                  (image_sets.real_folder(root / "five", 32, 4), "a"),
+                                  (image_sets.real_folder(root / "five", 16), "a"))]  # fmt: skip
+    assert len({image_sets.feature_file(tmp_path, key) for key in keys}) == len(keys)
+    image_sets.write_features(tmp_path, keys[0], torch.ones(5, 2))
+    assert torch.equal(image_sets.read_features(tmp_path, keys[0]), torch.ones(5, 2))
+    assert image_sets.read_features(tmp_path, keys[1]) is None
+    file = root / "five/8.png"
+    os.utime(file, (1, 1))  # another content has at least another time
+    assert image_sets.real_folder(root / "five", 32).identity != first.identity
+    network = Features()
+    before = metrics.fingerprint(network)
+    network.weight += 1
+    assert metrics.fingerprint(network) != before == metrics.fingerprint(Features())
+
+
+def test_fid_of_a_set_with_itself_and_as_torchmetrics_has_it(root, tmp_path, monkeypatch):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    monkeypatch.setattr(metrics, "load_inception", lambda path: Features())
+    (tmp_path / "weights.pth").touch()
+    flags = ["--models", root / "five", root / "other", "--real_dir", root / "five", "--num_real_images", 5]
+    same, other = run(tmp_path, *flags, "--inception_path", tmp_path / "weights.pth")
+    assert abs(same["fid"]) < 1e-6 and "frechet_clip" not in same and "clip_score" not in same
+    metric = FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64)
+    for name, real in (("five", True), ("other", False)):
+        images = [np.asarray(Image.open(file)) for file in image_sets.image_files(root / name)]
+        metric.update(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), real=real)
+    assert other["fid"] == pytest.approx(metric.compute().item(), rel=1e-5) and other["fid"] > 1e-3
+
+
+def test_inception_is_torchmetrics_and_reads_tensors_only(root, tmp_path, monkeypatch):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    torch.save({}, tmp_path / "empty.pth")
+    with monkeypatch.context() as context:
+        context.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, weights: None)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "empty.pth"))
+    weights = network.state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    loaded = metrics.load_inception(tmp_path / "weights.safetensors")
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = metrics.inception_features(loaded, images / 127.5 - 1)
+    assert features.shape == (2, 2048) and torch.equal(features, network(images))
+    torch.save({"code": Features()}, tmp_path / "pickle.pth")
+    for name in ("empty.pth", "pickle.pth"):
+        with pytest.raises(ValueError, match=f"--inception_path .*{name} does not hold"):
+            metrics.load_inception(tmp_path / name)
+
+
+def test_two_processes_are_one(root, pipelines, tmp_path):
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])  # VGG-16's
+    save_file({f"features.{k}": v for k, v in layers.state_dict().items()}, tmp_path / "vgg16.safetensors")
+    flags = [*SHAPES, "--models", pipelines("sd"), root / "final", root / "five", "--steps", 1, "--save_images", 0,
+             "--lpips_trunk_path", tmp_path / "vgg16.safetensors"]  # fmt: skip
+    one = run(tmp_path / "one", *flags)
+    output = launch(ROOT / "evaluate.py", *flags, "--output_dir", tmp_path / "two/out", "--num_real_images", 6,
+                    "--cache_dir", tmp_path / "two/kept", processes=2).stdout  # fmt: skip
+    two = read_json(tmp_path / "two/out/results.json")
+    assert two["processes"] == 2 and output.count("No FID: ") == 1 and output.count("LoRA: rank 2") == 1
+    for mine, theirs in zip(one, two["configurations"], strict=True):
+        for name in (*JUDGED, "clip_score_low", "lpips", "lpips_high"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-6), name
+        for a, b in zip(mine["files"], theirs["files"], strict=True):
+            assert np.array_equal(Image.open(a), Image.open(b))
+    assert one[0]["lpips"] == 0 and one[1]["lpips"] > 0  # a model with itself
+
+
+def test_acceptance_command(tmp_path):
+    """assets/tiny-sd and a student pipeline at 25 steps, by the defaults."""
+    student = tmp_path / "out/kd/final"
+    shutil.copytree(evaluate.TINY_SD, student)
+    write_distillation(student, method="kd", parent=str(evaluate.TINY_SD), steps=None, timesteps=None, guidance="cfg",
+                       guidance_scale=2.0, target=None)  # fmt: skip
+    rows = run(tmp_path, "--models", evaluate.TINY_SD, student, "--steps", 3, "--num_images", 3)
+    assert [row["steps"] for row in rows] == [3, 3] and rows[0]["unet_parameters"] == 4_931_668
+    assert all(rows[0][name] == rows[1][name] for name in JUDGED)
+    assert rows[0]["guidance_scale"] == 2 and rows[1]["clip_score_retention"] == 1
+    assert (tmp_path / "out/quality_size.png").is_file() and not (tmp_path / "out/quality_steps.png").exists()
+
+
+def test_data_dir_and_sdxl(pipelines, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        Image.fromarray(shapes.held_out_sample(i)[0]).resize((40, 48)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"picture number {i}")
+    flags = ["--data_dir", data, "--num_real_images", 4, "--steps", 1, "--clip_model", ROOT / "assets/tiny-clip"]
+    (row,) = run(tmp_path, *flags, "--models", pipelines("sdxl"), "--guidance_scale", 2)
+    assert row["images"] == 4 and row["frechet_clip"] > 0 and "scene_accuracy" not in row and "r_precision" in row
+    pipeline = DiffusionPipeline.from_pretrained(pipelines("sdxl"))
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    assert row["text_encoder_parameters"] == sum(p.numel() for part in encoders for p in part.parameters())
+    assert row["guidance_scale"] == 2 and row["configuration"].endswith("w=2")
+
+
+def test_order_of_files_and_jobs(root):
+    assert [file.name for file in image_sets.image_files(root / "five")] == [f"{i}.png" for i in range(8, 13)]
+    assert evaluate.jobs_of(4, 4) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert evaluate.jobs_of(5, 2) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert evaluate.jobs_of(2, 5) == [(0, 0), (1, 0)]
+
+
+def test_reference_steps(root, pipelines):
+    def planned(*flags):
+        return [
+            (model.path, model.steps) for model in evaluate.plan_models(evaluate.parse_args(list(map(str, flags))))
+        ]
+
+    sd, lora = pipelines("sd"), str(root / "final")
+    assert planned("--models", sd, lora) == [(sd, [50]), (lora, [2])]
+    assert planned("--models", lora, "--reference", sd, "--reference_steps", 9, "--steps", 1, 4) == [
+        (sd, [9]), (lora, [1, 4])]  # fmt: skip
+    assert planned("--models", sd, lora, "--reference", lora) == [(lora, [2]), (sd, [50])]
+    assert planned("--models", root / "five", sd) == [(str(root / "five"), []), (sd, [50])]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--models", "{root}/nowhere/final"], "--models {root}/nowhere/final: there is no such folder"),
+    (["--models", "{root}/empty"], "--models {root}/empty: the folder holds no pipeline, no LoRA and no image"),
+    (["--models", "{root}"], "(did you mean {root}/final?)"),
+    (["--models", "{root}/one"], "holds one image"),
+    (["--models", "{root}/broken"], "0.png can't be read as an image"),
+    (["--models", "{root}/five", "{root}/three"], "The numbers of images differ: 5 ({root}/five), 3 ({root}/three)"),
+    (["--models", "{root}/five", "--num_images", "4"], "The numbers of images differ: 5 ({root}/five), 4"),
+    (["--models", "{root}/five"], "There is nothing to measure"),
+    (["--models", "{root}/five", "--real_dir", "{root}/one", "--clip_model", "{clip}"], "2 real images are needed"),
+    (["--models", "{root}/five", "--real_dir", "{root}/no"], "--real_dir {root}/no: there is no such folder"),
+    (["--models", "{root}/five", "--real_dir", "{root}/three", "--num_real_images", "9"], "9 real images are needed"),
+    (["--models", "{root}/five", "--inception_path", "{root}/one.txt"], "--inception_path: there are no real images"),
+    (["--models", "{root}/five", "--reference_steps", "2"], "--reference_steps is about a pipeline"),
+    (["--models", "{sd}"], "{sd} needs captions: add --prompts_file"),
+    (["--models", "{sd}", "--prompts_file", "{root}/one.txt"], "There is one caption"),
+    (["--models", "{sd}", "--prompts_file", "{root}/none.txt"], "none.txt can't be read"),
+    (["--models", "{sd}", "--prompts_file", "{root}/one.txt", "--dataset_name", "shapes"], "Give one of"),
+    (["--models", "{sd}", "--data_dir", "{root}/five"], "has a .txt caption"),
+    (["--models", "{root}/final", "--guidance_scale", "3"], "--guidance_scale 3: no model takes it"),
+    (["--guidance_scale", "-1"], "negative"),
+    (["--num_images", "1"], "--num_images 1: statistics need two images"),
+    (["--steps", "2000"], "1000 timesteps"),
+    (["--resolution", "33"], "--resolution 33 is not a multiple of 4"),
+    (["--inception_path", "{root}/no.pth"], "--inception_path {root}/no.pth: there is no such file"),
+    (["--inception_path", "{root}/one.txt"], "--inception_path {root}/one.txt does not hold"),
+    (["--lpips_trunk_path", "{root}/one.txt"], "LPIPS compares two outputs"),
+    (["--models", "{sd}", "{tiny}", "{root}/five", "--resolution", "33"], "multiple of 4"),
+    (["--clip_model", "{root}/nowhere"], "--clip_model: No CLIP judge at"),
+    (["--reader", "{root}/nowhere"], "--reader {root}/nowhere: there is no scene reader"),
+    (["--output_dir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
+    (["--cache_dir", "{root}/one.txt/out"], "--cache_dir {root}/one.txt/out can't be made"),
+    (["--dtype", "fp16"], "needs a GPU"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(root, pipelines, tmp_path, capsys, monkeypatch, flags, sentence):
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *_, **__: pytest.fail("a pipeline was loaded first"))
+    monkeypatch.setattr(image_sets, "sharded", lambda *_: pytest.fail("real images were judged first"))
+    known = {"root": root, "sd": pipelines("sd"), "clip": ROOT / "assets/tiny-clip", "tiny": evaluate.TINY_SD}
+    flags = [flag.format(**known) for flag in flags]
+    before = ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "kept", "--clip_model", "none"]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(lambda flags: run_in_process(evaluate, *flags), [*before, *flags])
+    error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(error) == 1
+    assert error[0].startswith("error: ") and sentence.format(**known) in error[0]
+
+
+def test_writing_over_what_is_judged_is_refused(judged, root, tmp_path):
+    outdir, rows = judged
+    with pytest.raises(ValueError, match="this run writes there"):
+        run(outdir, *SHAPES, "--models", Path(rows[0]["files"][0]).parent)
+    assert json.loads((outdir / "out/results.json").read_text())["configurations"][0]["images"] == 5

@@ -1,0 +1,424 @@
+"""train_text_encoder_kd.py: its loss, what the student keeps, its promises about resume and processes, its output."""
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, environment, launch, launch_command, random_pipeline, read_json, run_in_process
+from contract import assert_contract
+from diffusers import DDIMScheduler, LCMScheduler
+from safetensors.torch import load_file
+from test_flash_lora import wait_for
+
+import train_text_encoder_kd
+from common.arguments import run_script
+from common.checkpoint import CheckpointError, checkpoints_in
+from common.diffusion import NoiseSchedule, student_scheduler
+from common.models import TINY_SD, encode_prompts, load_pipeline, predict
+from common.shapes import caption_of, training_scene
+from common.text_encoders import fit_projection, kept_layers, most_important, shrink_text_encoder
+from common.validation import write_distillation
+from train_text_encoder_kd import TextStates, draw, student_in_place, text_encoder_loss, tokenize, with_student
+
+SCRIPT = ROOT / "train_text_encoder_kd.py"
+QUICK = ["--train_batch_size", 4, "--report_to", "none", "--dataset_name", "shapes", "--resolution", 32]
+# Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
+QUICK += ["--adam_epsilon", 1e-4]
+SMALL = ["--num_hidden_layers", 1, "--intermediate_size", 32, "--hidden_size", 16, "--through_unet"]
+PROMPTS = ["a small red circle on a white background", ""]
+
+
+def quick(pipelines, folder, *more, kind="sd", steps=2):
+    model = ["--pretrained_model_name_or_path", pipelines(kind)]
+    return [*QUICK, *model, "--output_dir", folder, "--max_steps", steps, *more]
+
+
+def weights(folder):
+    """All tensors of a checkpoint: encoder, EMA and optimizer state."""
+    tensors = {**load_file(folder / "text_encoder.safetensors")}
+    tensors.update({f"ema.{k}": v for k, v in load_file(folder / "text_encoder_ema.safetensors").items()})
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    return tensors
+
+
+def assert_same(a, b, **tolerance):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and len(a) > 10
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipelines, tmp_path_factory):
+    """Six steps of everything at once (fewer layers, narrower MLP and hidden size, through the UNet), batch 4."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_in_process(train_text_encoder_kd, *quick(pipelines, folder, *SMALL, "--checkpointing_steps", 3, steps=6))
+    return folder
+
+
+# The method
+
+
+def test_loss_is_the_equation():
+    hidden, teacher_hidden = torch.randn(2, 3, 5, 8)
+    pooled, teacher_pooled = torch.randn(2, 3, 8)
+    output, teacher_output = torch.randn(2, 3, 4, 2, 2)
+    mse = torch.nn.functional.mse_loss
+    errors = mse(hidden, teacher_hidden), mse(pooled, teacher_pooled), mse(output, teacher_output)
+    plain = text_encoder_loss(hidden, pooled, teacher_hidden, teacher_pooled)
+    assert plain.keys() == {"loss", "hidden_loss", "pooled_loss"}
+    torch.testing.assert_close(plain["loss"], errors[0] + 0.5 * errors[1])
+    through = text_encoder_loss(hidden, pooled, teacher_hidden, teacher_pooled, 0.25, output, teacher_output, 3.0)
+    torch.testing.assert_close(through["loss"], errors[0] + 0.25 * errors[1] + 3 * errors[2])
+    torch.testing.assert_close(through["unet_loss"], errors[2])
+
+
+@pytest.mark.parametrize(
+    "layers, kept",
+    [((3, 1), [0]), ((3, 2), [0, 2]), ((12, 6), [0, 2, 4, 7, 9, 11]), ((4, 4), [0, 1, 2, 3]),
+     ((12, 6, True), [0, 2, 5, 8, 10, 11]), ((2, 2, True), [0, 1])])  # fmt: skip
+def test_kept_layers_are_evenly_spaced(layers, kept):
+    assert kept_layers(*layers) == kept
+
+
+def test_kept_layers_never_repeat():
+    for count in range(1, 34):
+        for layers in range(1, count + 1):
+            kept = kept_layers(count, layers)
+            assert len(set(kept)) == layers and kept == sorted(kept) and kept[0] == 0 and kept[-1] < count
+
+
+@pytest.mark.parametrize("kind, name", [("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")])
+@torch.no_grad()
+def test_with_nothing_removed_student_is_teacher(kind, name):
+    """Zero loss against what the stock pipeline itself feeds its UNet."""
+    pipeline = random_pipeline(kind)
+    teacher, sdxl = getattr(pipeline, name), kind == "sdxl"
+    encoder = shrink_text_encoder(teacher, 2, 64, 32, penultimate=sdxl)
+    hidden, pooled = TextStates(encoder, sdxl)(tokenize(pipeline.tokenizer, PROMPTS))
+    stock = encode_prompts(pipeline, PROMPTS, 32)
+    mine = with_student(stock, hidden, pooled, name)
+    assert torch.equal(mine.prompt_embeds, stock.prompt_embeds)
+    assert not sdxl or torch.equal(mine.pooled_prompt_embeds, stock.pooled_prompt_embeds)
+    teacher_states = TextStates(teacher, sdxl)(tokenize(pipeline.tokenizer, PROMPTS))
+    assert text_encoder_loss(hidden, pooled, *teacher_states)["loss"] == 0
+
+
+def test_a_narrower_mlp_keeps_the_most_important_neurons():
+    teacher = random_pipeline("sd").text_encoder
+    student = shrink_text_encoder(teacher, 2, 24, 32)
+    for old, new in zip(teacher.encoder.layers, student.encoder.layers):
+        importance = old.mlp.fc1.weight.abs().sum(1) + old.mlp.fc2.weight.abs().sum(0)
+        kept = sorted(importance.argsort(descending=True)[:24].tolist())
+        assert torch.equal(new.mlp.fc1.weight, old.mlp.fc1.weight[kept])
+        assert torch.equal(new.mlp.fc2.weight, old.mlp.fc2.weight[:, kept])
+        assert torch.equal(new.self_attn.q_proj.weight, old.self_attn.q_proj.weight)
+
+
+def test_the_projection_is_the_least_squares_one():
+    hidden, linear = torch.randn(4, 9, 6), torch.nn.Linear(6, 10)
+    fitted = fit_projection(hidden, linear(hidden), ridge=0)
+    torch.testing.assert_close(fitted.weight, linear.weight)
+    torch.testing.assert_close(fitted.bias, linear.bias)
+    normed = torch.nn.functional.layer_norm(torch.randn(4, 9, 6), (6,))  # its channels sum to zero
+    fitted = fit_projection(normed, normed @ linear.weight.T)
+    assert fitted.weight.abs().max() < 2 and (fitted(normed) - normed @ linear.weight.T).abs().max() < 0.01
+
+
+@torch.no_grad()
+def test_a_narrower_student_starts_nearer_than_by_naive_slicing(monkeypatch):
+    pipeline = load_pipeline(TINY_SD)
+    captions = [caption_of(training_scene(0, index)[0]) for index in range(32)]
+    input_ids = tokenize(pipeline.tokenizer, captions)
+    teacher = TextStates(pipeline.text_encoder)(input_ids)
+
+    def loss():
+        encoder = shrink_text_encoder(pipeline.text_encoder, 3, 192, 72)
+        projection = fit_projection(TextStates(encoder)(input_ids)[0], teacher[0])
+        student = TextStates(encoder, projection=projection)
+        return text_encoder_loss(*student(input_ids), *teacher)["loss"].item()
+
+    aligned = loss()
+    naive = lambda importance, count: most_important(-torch.arange(importance.shape[-1]).expand_as(importance), count)  # noqa: E731, E501
+    monkeypatch.setattr("common.text_encoders.most_important", naive)
+    assert aligned < loss()
+
+
+@pytest.mark.parametrize("kind, name", [("sd", "text_encoder"), ("sdxl", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_through_unet_reaches_the_encoder_and_not_the_unet(pipelines, kind, name):
+    pipeline, sdxl = load_pipeline(pipelines(kind)), kind == "sdxl"
+    encoder = shrink_text_encoder(getattr(pipeline, name), 2, 32, 32, penultimate=sdxl)
+    student, teacher = TextStates(encoder, sdxl), encode_prompts(pipeline, PROMPTS, 32)
+    z, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 600])
+    hidden, pooled = student(tokenize(pipeline.tokenizer, PROMPTS))
+    output = predict(pipeline.unet, z, t, with_student(teacher, hidden, pooled, name))
+    target = predict(pipeline.unet, z, t, teacher)
+    text_encoder_loss(hidden, pooled, hidden, pooled, 0.5, output, target, 1.0)["loss"].backward()
+    first = getattr(encoder, "text_model", encoder).encoder.layers[0]
+    assert first.mlp.fc1.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in pipeline.unet.parameters())
+
+
+def test_randomness_belongs_to_the_sample():
+    schedule = NoiseSchedule(random_pipeline("sd").scheduler)
+    args = SimpleNamespace(seed=0, caption_dropout=0.25, through_unet=True)
+    dropped, noise, timesteps = draw(args, 7, range(1000), (4, 2, 2), schedule)
+    assert abs(sum(dropped) / 1000 - 0.25) < 0.04 and noise.shape == (1000, 4, 2, 2)
+    assert timesteps.min() < 520 and 500 <= timesteps.min() and 980 < timesteps.max() <= 999
+    again = draw(args, 7, range(500, 510), (4, 2, 2), schedule)
+    assert again[0] == dropped[500:510] and torch.equal(again[1], noise[500:510])
+    without = draw(SimpleNamespace(**{**vars(args), "through_unet": False}), 7, range(1000), None, schedule)
+    assert without[0] == dropped
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [("v", ["--intermediate_size", 32, "--mixed_precision", "bf16"]),
+     ("sdxl", ["--intermediate_size", 32, "--through_unet", "--unet_weight", 2]),
+     ("sdxl", ["--text_encoder", "text_encoder_2", "--intermediate_size", 32])])  # fmt: skip
+def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, kind, more):
+    run_in_process(
+        train_text_encoder_kd, *quick(pipelines, tmp_path, *more, "--gradient_checkpointing", "--export", "fp16",
+                                      "--validation_prompts", "a ring", "--validation_steps", 2,
+                                      "--num_validation_images", 1, kind=kind))  # fmt: skip
+    contract = read_json(tmp_path / "final/distillation.json")
+    assert contract == {"method": "text_encoder_kd", "parent": pipelines(kind), "steps": None, "timesteps": None,
+                        "guidance": "cfg", "guidance_scale": 7.5, "target": None}  # fmt: skip
+    pipeline, teacher = load_pipeline(tmp_path / "final"), load_pipeline(pipelines(kind))
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
+    assert_contract(pipeline, pipeline.scheduler, contract, 4)
+    assert (tmp_path / "samples/step-2.png").is_file()
+    student = "text_encoder_2" if "text_encoder_2" in more else "text_encoder"
+    for name, module in teacher.components.items():
+        if isinstance(module, torch.nn.Module):
+            mine, stored = module.state_dict(), getattr(pipeline, name).state_dict()
+            same = all(mine[key].shape == stored[key].shape and torch.equal(mine[key], stored[key]) for key in mine)
+            assert same == (name != student), name
+    name, value = next(iter(getattr(pipeline, student).state_dict().items()))
+    exported = load_pipeline(tmp_path / "final-fp16", dtype=torch.float16)
+    assert torch.equal(getattr(exported, student).state_dict()[name], value.half())
+
+
+def test_captions_alone_are_enough(pipelines, tmp_path):
+    (tmp_path / "captions.json").write_text('[{"text": "a small red circle"}, {"text": "a large blue ring"}]')
+    arguments = quick(pipelines, tmp_path, "--data_dir", tmp_path / "captions.json")
+    arguments.remove("--dataset_name")
+    arguments.remove("shapes")
+    run_in_process(train_text_encoder_kd, *arguments)
+    assert (tmp_path / "final/model_index.json").is_file()
+
+
+def test_a_few_step_teacher_keeps_its_scheduler_and_contract(pipelines, tmp_path):
+    pipeline = load_pipeline(pipelines())
+    pipeline.scheduler = student_scheduler(pipeline.scheduler, "x0", 4)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    carried = {"steps": 4, "timesteps": [999, 749, 499, 249], "guidance": "baked", "guidance_scale": 1.0,
+               "target": "x0"}  # fmt: skip
+    write_distillation(tmp_path / "teacher", method="add", parent="x", **carried)
+    arguments = ["--pretrained_model_name_or_path", tmp_path / "teacher", "--output_dir", tmp_path]
+    run_in_process(train_text_encoder_kd, *QUICK, *arguments, "--max_steps", 1, "--run_name", "run")
+    contract = read_json(tmp_path / "run/final/distillation.json")
+    parent = str(tmp_path / "teacher")
+    assert contract == {"method": "text_encoder_kd", "parent": parent, **carried}
+    student = load_pipeline(tmp_path / "run/final")
+    assert isinstance(student.scheduler, LCMScheduler) and student.text_encoder.config.num_hidden_layers == 1
+    assert_contract(student, student.scheduler, contract, 4)
+
+
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile, without Inductor, which takes minutes to generate its CPU code."""
+    compiled, compile = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(compile(m, backend="aot_eager")))
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path / "plain"))
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path / "compiled", "--torch_compile"))
+    assert len(compiled) == 1
+    assert_same(tmp_path / "compiled/checkpoint-2", tmp_path / "plain/checkpoint-2", atol=2e-5, rtol=1e-3)
+
+
+def test_every_trained_weight_moves(uninterrupted):
+    before, after = (load_file(uninterrupted / f"checkpoint-{n}" / "text_encoder.safetensors") for n in (3, 6))
+    # Keys have no bias that matters: it shifts all the logits of a query alike.
+    still = [name for name in before if torch.equal(before[name], after[name]) and "k_proj.bias" not in name]
+    assert "projection.weight" in before and not still
+
+
+def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
+    split = ["--gradient_accumulation_steps", 4, "--batch_size", 1]
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *SMALL, *split, steps=3))
+    assert_same(tmp_path / "checkpoint-3", uninterrupted / "checkpoint-3", atol=2e-5, rtol=1e-3)
+
+
+def test_gradient_checkpointing_and_validation_change_nothing(pipelines, uninterrupted, tmp_path):
+    more = ["--gradient_checkpointing", "--validation_prompts", "a red ring", "--validation_steps", 1]
+    more += ["--num_validation_images", 1]
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *SMALL, *more, steps=3))
+    assert_same(tmp_path / "checkpoint-3", uninterrupted / "checkpoint-3")
+
+
+def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
+    launch(SCRIPT, *quick(pipelines, tmp_path, *SMALL, "--batch_size", 2, steps=3), processes=2)
+    assert_same(tmp_path / "checkpoint-3", uninterrupted / "checkpoint-3", atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
+    arguments = quick(pipelines, tmp_path, *SMALL, "--batch_size", 4 // processes, "--checkpointing_steps", 3)
+    command = launch_command(SCRIPT, *arguments, "--max_steps", 100000, processes=processes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: (tmp_path / "checkpoint-3" / "state.json").is_file(), process)
+    # torch's launcher gives each worker a session of its own, so killing the launcher's group would spare them.
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait()
+    for _, later in checkpoints_in(tmp_path)[1:]:
+        shutil.rmtree(later)  # it may have got further before the signal
+    launch(SCRIPT, *arguments, "--max_steps", 6, "--resume_from_checkpoint", "latest", processes=processes)
+    whole = uninterrupted
+    if processes == 2:
+        whole = tmp_path / "whole"
+        launch(SCRIPT, *quick(pipelines, whole, *SMALL, "--batch_size", 2, steps=6), processes=2)
+    assert_same(tmp_path / "checkpoint-6", whole / "checkpoint-6")
+
+
+def test_another_student_is_refused_on_resume(pipelines, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
+    for change in (["--intermediate_size", 16], ["--caption_dropout", 0.2], ["--pooled_weight", 1]):
+        resumed = quick(pipelines, tmp_path, *SMALL, *change, "--resume_from_checkpoint", "latest")
+        with pytest.raises(CheckpointError, match=change[0].strip("-")):
+            run_in_process(train_text_encoder_kd, *resumed)
+
+
+# The output
+
+STOCK = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+images = pipe(["a red ring"], num_inference_steps=4, guidance_scale=3, height=32, width=32,
+              generator=torch.Generator().manual_seed(0), output_type="pt").images
+torch.save(images, sys.argv[2])
+"""
+
+
+def test_final_in_stock_diffusers_is_the_student_in_memory(pipelines, uninterrupted, tmp_path):
+    """A narrower hidden size among the rest: the UNet's own projection drives it."""
+    subprocess.run([sys.executable, "-c", STOCK, uninterrupted / "final", tmp_path / "images.pt"], check=True,
+                   cwd=tmp_path)  # fmt: skip
+    stock = torch.load(tmp_path / "images.pt", weights_only=True)
+    pipeline = load_pipeline(pipelines())
+    encoder = shrink_text_encoder(pipeline.text_encoder, 1, 32, 16)
+    student = TextStates(encoder, projection=torch.nn.Linear(16, 32)).eval()
+    student.load_state_dict(load_file(uninterrupted / "checkpoint-6" / "text_encoder_ema.safetensors"))
+    own = pipeline.scheduler
+    pipeline.scheduler = DDIMScheduler.from_pretrained(uninterrupted / "final" / "scheduler")
+
+    def images():
+        return pipeline(["a red ring"], num_inference_steps=4, guidance_scale=3, height=32, width=32, output_type="pt",
+                        generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+
+    base = images()
+    with student_in_place(pipeline, "text_encoder", student):
+        torch.testing.assert_close(stock, images(), atol=1e-6, rtol=0)
+    assert torch.equal(base, images()) and (stock - base).abs().max() > 1e-4
+    assert type(own) is not DDIMScheduler
+
+
+def test_final_and_checkpoint_hold_what_they_should(uninterrupted):
+    config = read_json(uninterrupted / "final/unet/config.json")
+    assert (config["encoder_hid_dim"], config["encoder_hid_dim_type"]) == (16, "text_proj")
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (
+        random_pipeline("sd").text_encoder, load_pipeline(uninterrupted / "final").text_encoder))  # fmt: skip
+    card = (uninterrupted / "final/README.md").read_text()
+    assert f"{before:,} -> {after + 16 * 32 + 32:,}" in card and "num_hidden_layers 2 -> 1" in card
+    names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}
+    assert names == {"text_encoder.safetensors", "text_encoder_ema.safetensors", "optimizer.bin", "state.json"}
+
+
+# Mistakes
+
+MISTAKES = [
+    (["--pretrained_model_name_or_path", "no/such/folder"], "--pretrained_model_name_or_path no/such/folder"),
+    (["--num_hidden_layers", "3"], "--num_hidden_layers 3 is more than the teacher's 2"),
+    (["--intermediate_size", "65"], "--intermediate_size 65 is more than the teacher's 64"),
+    (["--hidden_size", "15"], "--hidden_size 15 is not divisible by the teacher's 2 attention heads"),
+    (["--text_encoder", "text_encoder_2"], "--text_encoder text_encoder_2"),
+    (["--pooled_weight", "-1"], "--pooled_weight"),
+    (["--unet_weight", "2"], "--unet_weight"),
+    (["--center_crop"], "--center_crop"),
+    (["--image_column", "x"], "--image_column"),
+    (["--report_to", "no_such_tracker"], "--report_to"),
+    (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
+    (["--data_dir", "nowhere"], "nowhere"),
+    (["--resolution", "30"], "--resolution"),
+    (["sdxl", "--hidden_size", "16"], "--hidden_size"),
+    (["sdxl", "--num_hidden_layers", "1"], "--num_hidden_layers 1: SDXL"),
+    (["sdxl", "--pooled_weight", "0"], "--pooled_weight 0: SDXL"),
+]
+
+
+@pytest.mark.parametrize("wrong, said", MISTAKES, ids=[" ".join(wrong) for wrong, _ in MISTAKES])
+def test_mistakes_are_one_sentence_before_anything_loads(pipelines, tmp_path, capsys, monkeypatch, wrong, said):
+    monkeypatch.setattr(train_text_encoder_kd, "load_pipeline", None)
+    kind, wrong = ("sdxl", wrong[1:]) if wrong[0] == "sdxl" else ("sd", wrong)
+    arguments = quick(pipelines, tmp_path / "out", kind=kind)
+    if "--data_dir" in wrong:
+        arguments.remove("--dataset_name")
+        arguments.remove("shapes")
+    assert_one_sentence([*arguments, *wrong], said, capsys)
+
+
+def test_a_model_without_data_is_refused(pipelines, tmp_path, capsys):
+    model = ["--pretrained_model_name_or_path", pipelines(), "--output_dir", tmp_path]
+    assert_one_sentence(model, "--dataset_name shapes", capsys)
+
+
+def test_a_projected_unet_and_embedded_guidance_are_refused(uninterrupted, tmp_path, capsys):
+    model = ["--pretrained_model_name_or_path", uninterrupted / "final", "--output_dir", tmp_path / "out"]
+    assert_one_sentence([*QUICK, *model, "--hidden_size", 8], "has a projection of text states already", capsys)
+    shutil.copytree(uninterrupted / "final", tmp_path / "embedded")
+    write_distillation(tmp_path / "embedded", guidance="embedded", guidance_scale=4.0)
+    model = ["--pretrained_model_name_or_path", tmp_path / "embedded", "--output_dir", tmp_path / "out"]
+    assert_one_sentence([*QUICK, *model, "--through_unet"], "--through_unet", capsys)
+
+
+def assert_one_sentence(words, said, capsys):
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    capsys.readouterr()  # the bars of the fixture that saved the pipeline
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    args = train_text_encoder_kd.parse_args([str(word) for word in words])
+    with pytest.raises(SystemExit) as stop:
+        run_script(train_text_encoder_kd.main, args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+def test_fp16_trains_and_resumes(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # conftest.py keeps every other test on the CPU
+    fp16 = ["--mixed_precision", "fp16", *SMALL]
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *fp16))
+    more = [*fp16, "--resume_from_checkpoint", "latest", "--validation_prompts", "a ring", "--validation_steps", 3]
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *more, steps=4))
+    tensors = weights(tmp_path / "checkpoint-4")
+    assert all(value.isfinite().all() for value in tensors.values())
+    assert all(value.dtype == torch.float32 for name, value in tensors.items() if "encoder" in name)
