@@ -58,6 +58,7 @@ from common.models import (
     predict_guided,
     read_distillation,
     read_pipeline_config,
+    same_weights,
 )
 from common.validation import log_images, sample_images, write_distillation, write_model_card
 
@@ -228,10 +229,8 @@ def export_fp16(folder, args):
         pipeline.save_pretrained(export)
         write_distillation(export, **distillation)
         (export / "README.md").write_text((final / "README.md").read_text())
-        again = load_pipeline(export, dtype=torch.float16).unet.state_dict()
-        for name, value in pipeline.unet.state_dict().items():
-            if not torch.equal(value, again[name]):
-                raise RuntimeError(f"the exported pipeline reloads with another {name}")
+        if not same_weights(pipeline.unet, load_pipeline(export, torch.float16).unet):
+            raise RuntimeError("the exported pipeline reloads with another UNet")
 
 
 def main(args):

@@ -188,12 +188,7 @@ def prepare_student(folder, args):
     """The default student: sd_small of the teacher, as a pipeline folder beside the run."""
     pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
     pipeline.unet, manifest = compression.build_student(pipeline.unet, variant="sd_small")
-    with FinalFolder(folder) as student:
-        pipeline.save_pretrained(student)
-        compression.write_manifest(student, {"parent": args.pretrained_model_name_or_path, **manifest})
-        contract = read_distillation(args.pretrained_model_name_or_path)
-        parent = args.pretrained_model_name_or_path
-        write_distillation(student, **{**contract, "method": "prepare_unet_small", "parent": parent})
+    compression.save_student(folder, pipeline, manifest, args.pretrained_model_name_or_path)
     counts = manifest["parameters"]
     print(f"No --student_model: sd_small of the teacher, {counts['student']:,} of {counts['teacher']:,} parameters, "
           f"is in {folder}.", flush=True)  # fmt: skip

@@ -54,6 +54,7 @@ from common.models import (
     predict,
     read_distillation,
     read_pipeline_config,
+    same_weights,
 )
 from common.text_encoders import fit_projection, kept_layers, shrink_text_encoder
 from common.validation import log_images, sample_images, write_distillation, write_model_card
@@ -298,11 +299,8 @@ def export_fp16(folder):
             (export / name).write_text((final / name).read_text())
         again = load_pipeline(export, torch.float16).components
         for component, module in pipeline.components.items():
-            if isinstance(module, torch.nn.Module):
-                reloaded = again[component].state_dict()
-                for name, value in module.state_dict().items():
-                    if not torch.equal(value, reloaded[name]):
-                        raise RuntimeError(f"the exported pipeline reloads with another {component}.{name}")
+            if isinstance(module, torch.nn.Module) and not same_weights(module, again[component]):
+                raise RuntimeError(f"the exported pipeline reloads with another {component}")
 
 
 def main(args):

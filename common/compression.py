@@ -17,7 +17,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.models import ModelError
+from common.checkpoint import FinalFolder
+from common.models import ModelError, read_distillation
+from common.validation import write_distillation, write_model_card
 
 VARIANTS = ("sd_base", "sd_small", "sd_tiny")
 MANIFEST = "compression.json"
@@ -47,6 +49,30 @@ def read_manifest(folder):
 
 def write_manifest(folder, manifest):
     (Path(folder) / MANIFEST).write_text(json.dumps(manifest) + "\n")
+
+
+def save_student(folder, pipeline, manifest, parent):
+    """The folder of an untrained student: the whole pipeline, its manifest, distillation.json and model card.
+
+    `parent`: path of the teacher pipeline, whose guidance, timesteps and steps are the student's too.
+    """
+    with FinalFolder(folder) as student:
+        pipeline.save_pretrained(student)
+        write_manifest(student, {"parent": parent, **manifest})
+        write_distillation(student, **{
+            "steps": None, "timesteps": None, "target": None, **read_distillation(parent),
+            "method": "prepare_unet_small", "parent": parent})  # fmt: skip
+        counts = manifest["parameters"]
+        write_model_card(
+            student, "Smaller student, not trained yet", parent,
+            usage="""
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")  # train it first: train_student_kd.py""",
+            notes={
+                "variant": manifest["variant"], "block_out_channels": manifest["block_out_channels"],
+                "UNet parameters": f"{counts['student']:,} of {counts['teacher']:,}",
+            })  # fmt: skip
 
 
 def build_student(teacher, variant=None, block_out_channels=None):

@@ -7,14 +7,15 @@ number is drawn. Every process generates its share; the main one judges.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import arguments, metrics, shapes
 from common.arguments import UsageError
 from common.data import load_dataset_from_args, sample_generator
 from common.data_formats import DataError
-from common.models import TINY_SD, decode_latents
+from common.image_sets import real_dataset, real_shapes, sharded
+from common.models import decode_latents
+from common.results import load_judges
 
 BATCH = 16  # images per forward
 METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1}  # what decides the best; 1: higher
@@ -48,7 +49,7 @@ class Evaluation:
         self.clip = self.inception = self.lpips = self.reader = self.teacher_images = None
         self.references = {}
         if args.eval_data_dir is None:
-            self.captions, dataset = shapes.held_out_captions(self.count), None
+            self.captions, real = shapes.held_out_captions(self.count), real_shapes(self.count)
         else:
             held_out = {"data_dir": args.eval_data_dir, "dataset_name": None, "max_train_samples": self.count,
                         "center_crop": True, "random_flip": False}  # fmt: skip
@@ -57,23 +58,21 @@ class Evaluation:
             except DataError as error:
                 raise UsageError(str(error).replace("--data_dir", "--eval_data_dir")) from None
             self.captions = [dataset.captions(index)[0] for index in range(len(dataset))]
+            real = real_dataset(dataset, len(dataset))
         self.count = len(self.captions)
         if not accelerator.is_main_process:
             return
+        self.clip, self.reader = load_judges(args.clip_model, None, self.captions, accelerator.device)
         try:
-            if args.clip_model or dataset is None:
-                self.clip = metrics.ClipJudge(args.clip_model or TINY_SD.parent / "tiny-clip", accelerator.device)
             if args.inception_path:
                 self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
             if args.lpips_trunk_path:
                 self.lpips = metrics.load_lpips(args.lpips_trunk_path).to(accelerator.device)
         except (ValueError, OSError) as error:
             raise UsageError(f"--eval_steps: {error}") from None
-        reader = TINY_SD.parent / "tiny-reader"
-        if dataset is None and reader.is_dir():
-            self.reader = metrics.SceneReader.from_pretrained(reader).to(accelerator.device)
+        batches = [range(start, min(start + BATCH, self.count)) for start in range(0, self.count, BATCH)]
         for name, features in self._networks():
-            parts = [features(self._real(dataset, start)) for start in range(0, self.count, BATCH)]
+            parts = [features(torch.stack([real.read(index) for index in batch])) for batch in batches]
             self.references[name] = torch.cat(parts)
 
     def _networks(self):
@@ -85,35 +84,26 @@ class Evaluation:
             found.append(("frechet_clip", self.clip.pooled_features))
         return found
 
-    def _real(self, dataset, start):
-        """Pixels of the real images of the captions from `start` on, one batch."""
-        indices = range(start, min(start + BATCH, self.count))
-        if dataset is not None:
-            return torch.stack([dataset[index, 0, index]["pixel_values"] for index in indices])
-        images = np.stack([shapes.held_out_sample(index, seed=1)[0] for index in indices])
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
     def images(self, accelerator, pipeline, scheduler, num_inference_steps, guidance_scale):
         """Pixels (N, 3, R, R) in [-1, 1] of all captions on the CPU of every process. Every rank must call it."""
-        share = -(-self.count // accelerator.num_processes)
-        first = share * accelerator.process_index
-        indices = [index % self.count for index in range(first, first + share)]  # gather wants equal shares
-        own_scheduler, pipeline.scheduler, parts = pipeline.scheduler, scheduler, []
+
+        def generate(batch):
+            latents = pipeline(
+                [self.captions[index] for index in batch], num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale, height=self.resolution, width=self.resolution,
+                generator=[sample_generator(self.seed, index, 0, stream=4) for index in batch],
+                output_type="latent").images  # fmt: skip
+            with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
+                pixels = decode_latents(pipeline.vae, latents)
+            return {"pixels": ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()}
+
+        own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                for batch in (indices[start : start + BATCH] for start in range(0, share, BATCH)):
-                    latents = pipeline(
-                        [self.captions[index] for index in batch], num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale, height=self.resolution, width=self.resolution,
-                        generator=[sample_generator(self.seed, index, 0, stream=4) for index in batch],
-                        output_type="latent").images  # fmt: skip
-                    with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
-                        pixels = decode_latents(pipeline.vae, latents)
-                    parts.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+                pixels = sharded(accelerator, self.count, BATCH, generate, "evaluation")["pixels"]
         finally:
             pipeline.scheduler = own_scheduler
-        gathered = accelerator.gather(torch.cat(parts).to(accelerator.device))
-        return gathered[: self.count].cpu().float() / 127.5 - 1
+        return pixels.float() / 127.5 - 1
 
     def report(self, accelerator, pixels, step):
         """judge, printed in one line and given to the trackers as eval_<metric>. Main process."""
@@ -130,8 +120,8 @@ class Evaluation:
             found = features(pixels)
             figures[name] = metrics.frechet_distance(self.references[name], found)
             if name == "frechet_clip":
-                images, texts = self.clip.project(found), self.clip.text_features(self.captions)
-                figures["clip_score"] = metrics.clip_scores(images, texts).mean().item()
+                judged = metrics.clip_figures(self.clip, found, self.captions)
+                figures.update({metric: values.float().mean().item() for metric, values in judged.items()})
         if self.reader is not None:
             right = metrics.scene_accuracy(self.reader, pixels, self.captions)
             figures["scene_accuracy"] = right.float().mean().item()

@@ -59,12 +59,12 @@ def to_pixels(images, resolution):
 
 
 def real_shapes(count=None):
-    """The fixed RealImages of shapes: the first held-out scenes, rendered with seed 1."""
+    """The first `count` (default: all) RealImages of shapes: shapes.reference_sample."""
     count = count or SHAPES_REAL_IMAGES
     _check_count("the held-out shapes", count, SHAPES_REAL_IMAGES)
 
     def read(index):
-        return to_pixels([Image.fromarray(shapes.held_out_sample(index, seed=1)[0])], shapes.IMAGE_SIZE)[0]
+        return to_pixels([Image.fromarray(shapes.reference_sample(index)[0])], shapes.IMAGE_SIZE)[0]
 
     return RealImages({"set": "held-out shapes", "seed": 1}, count, read)
 

@@ -290,10 +290,10 @@ def frechet_distance(real_features, fake_features):
 
 
 def shapes_real_features(clip_judge, count=2000):
-    """Pooled features (count, hidden) of the fixed real reference set: the held-out scenes rendered with seed 1."""
+    """Pooled features (count, hidden) of the first real images: shapes.reference_sample."""
     parts = []
     for start in range(0, count, BATCH):
-        images = [shapes.held_out_sample(i, seed=1)[0] for i in range(start, min(start + BATCH, count))]
+        images = [shapes.reference_sample(i)[0] for i in range(start, min(start + BATCH, count))]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(clip_judge.pooled_features(pixels))
     return torch.cat(parts)
@@ -347,6 +347,18 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
+def clip_figures(judge, pooled, captions):
+    """{metric: (B,)} of a ClipJudge's pooled features (B, hidden) of images, one caption each.
+
+    "clip_score", and "r_precision" where there are two distinct captions at least, or captions of shapes.
+    """
+    features = judge.project(pooled)
+    figures = {"clip_score": clip_scores(features, judge.text_features(captions))}
+    if len(set(captions)) > 1 or shapes.scene_of(captions[0]):
+        figures["r_precision"] = r_precision(judge, features, captions)
+    return figures
+
+
 def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
     """One row of a report, on images (B, 3, H, W) in [-1, 1] and their B captions: a dict that json can write.
 
@@ -356,10 +368,7 @@ def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
     """
     check_pixels(pixels, captions)
     pooled = clip_judge.pooled_features(pixels)
-    image_features = clip_judge.project(pooled)
-    per_image = {"clip_score": clip_scores(image_features, clip_judge.text_features(captions))}
-    if len(set(captions)) > 1 or shapes.scene_of(captions[0]):
-        per_image["r_precision"] = r_precision(clip_judge, image_features, captions)
+    per_image = clip_figures(clip_judge, pooled, captions)
     if reader is not None:
         per_image["scene_accuracy"] = scene_accuracy(reader, pixels, captions)
     row = {name: list(bootstrap_interval(values)) for name, values in per_image.items()}

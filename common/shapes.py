@@ -195,6 +195,14 @@ def training_sample(seed, index):
     return render(scene, rng), scene
 
 
+def reference_sample(index):
+    """Held-out scene `index` in the fixed set of real images that Fréchet distances are taken to: as held_out_sample.
+
+    Rendered with another seed than held_out_sample's own, so that the two sets can be compared with each other.
+    """
+    return held_out_sample(index, seed=1)
+
+
 def held_out_sample(index, seed=0):
     """The render of held-out scene `index` (0 to 1,999): (uint8 image (32, 32, 3), scene)."""
     scene = held_out_scenes()[index]

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # tests run side by side, and one thread sums in one order
+pytest.register_assert_rewrite("launching")  # pytest explains the failed asserts of tests and conftest.py alone
 
 
 def pytest_collection_modifyitems(items):
@@ -84,15 +85,109 @@ def pipelines(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def students(pipelines, tmp_path_factory):
+    """`students(kind, variant, widths)`: the folder of a student of the random pipeline, made once per session."""
+    from common import compression
+    from common.models import load_pipeline
+
+    made = {}
+
+    def get(kind="sd", variant=None, widths=None):
+        if (kind, variant, widths) not in made:
+            folder = tmp_path_factory.mktemp("student") / "pipeline"
+            pipeline = load_pipeline(pipelines(kind))
+            pipeline.unet, manifest = compression.build_student(pipeline.unet, variant, widths)
+            pipeline.save_pretrained(folder)
+            compression.write_manifest(folder, {"parent": pipelines(kind), **manifest})
+            made[kind, variant, widths] = folder
+        return made[kind, variant, widths]
+
+    return get
+
+
+def save_random_lora(pipeline, folder, parent, alpha):
+    """A LoRA of rank 2 and random weights for 2 steps, as train_flash_lora.save_final writes it. It stays attached."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    from common.diffusion import student_scheduler, student_timesteps
+    from common.validation import write_distillation
+
+    unet = pipeline.unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    type(pipeline).save_lora_weights(
+        folder, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+    scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
+    scheduler.save_pretrained(folder / "scheduler")
+    write_distillation(
+        folder, method="flash_lora", parent=parent, steps=2, timesteps=student_timesteps(scheduler, 2),
+        guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+
+
+def save_random_vgg16(path):
+    """A file for --lpips_trunk_path with random weights; returns the convolutions it holds."""
+    import torchvision
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    trunk = torchvision.models.vgg16(weights=None).features
+    save_file({f"features.{k}": v for k, v in trunk.state_dict().items()}, path)
+    return trunk
+
+
+class FakeInception(torch.nn.Module):
+    """A stand-in for Inception, whose weights no test can make up: uint8 images (B, 3, H, W) to 4 numbers each."""
+
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(48, 4, generator=generator), requires_grad=False)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images.to(self.weight.dtype) / 255, 4)
+        return pooled.flatten(1) @ self.weight
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The modules that torch.compile traces and differentiates from here on.
+
+    Without Inductor, which takes minutes to generate its CPU code.
+    """
+    modules, compile = [], torch.nn.Module.compile
+
+    def compile_quickly(module):
+        modules.append(module)
+        compile(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    return modules
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # the first lines of this file keep other tests on the CPU
+
+
 def run_in_process(module, *arguments):
-    """Run a script's main in this process, as its command line would."""
+    """Run a script in this process, as its command line would."""
+    run_main(module, module.parse_args([str(argument) for argument in arguments]))
+
+
+def run_main(module, args):
+    """A script's main with accelerate's process-wide state as new; the signals' handlers are put back afterwards."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        module.main(module.parse_args([str(argument) for argument in arguments]))
+        module.main(args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

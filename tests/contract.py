@@ -6,7 +6,7 @@ The stock pipeline's roll-out with the SAVED scheduler equals the roll-out that 
 import torch
 
 from common.diffusion import NoiseSchedule, student_timesteps
-from common.models import encode_empty_prompt, encode_prompts, predict, predict_guided
+from common.models import encode_empty_prompt, encode_prompts, guidance_embedding, predict, predict_guided
 
 
 @torch.no_grad()
@@ -20,6 +20,10 @@ def assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference
         if contract["guidance"] == "cfg":
             unconditional = encode_empty_prompt(pipeline, 32)
             output = predict_guided(pipeline.unet, z, now, conditioning, unconditional, contract["guidance_scale"])
+        elif contract["guidance"] == "embedded":
+            scales = torch.full((len(z),), float(contract["guidance_scale"]))
+            embedding = guidance_embedding(pipeline, scales, pipeline.unet.config.time_cond_proj_dim)
+            output = predict(pipeline.unet, z, now, conditioning, embedding)
         else:
             output = predict(pipeline.unet, z, now, conditioning)
         if contract["target"] == "x0" and int(after[0]) >= 0:

@@ -8,8 +8,7 @@ import signal
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, random_pipeline
-from safetensors.torch import save_file
+from conftest import ROOT, random_pipeline, save_random_vgg16
 
 from common import arguments, models
 from common.checkpoint import (
@@ -249,10 +248,7 @@ def test_everything_loaded_is_frozen(pipelines):
 
 
 def test_lpips_takes_its_trunk_from_a_file(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
-    torch.manual_seed(0)
-    trunk = torchvision.models.vgg16(weights=None).features
-    save_file({f"features.{k}": v for k, v in trunk.state_dict().items()}, tmp_path / "vgg16.safetensors")
+    trunk = save_random_vgg16(tmp_path / "vgg16.safetensors")
     network = load_lpips(tmp_path / "vgg16.safetensors")
     assert torch.equal(network.net.slice1[0].weight, trunk[0].weight)
     assert torch.equal(network.net.slice5[-2].weight, trunk[28].weight)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, launch, read_json, run_in_process
+from conftest import ROOT, FakeInception, launch, read_json, run_in_process, save_random_lora
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from launching import error_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -21,26 +20,9 @@ from torch import nn
 import evaluate
 import inference
 from common import image_sets, metrics, shapes
-from common.arguments import run_script
-from common.diffusion import student_scheduler, student_timesteps
 from common.validation import write_distillation
 
 JUDGED = ("clip_score", "r_precision", "scene_accuracy", "frechet_clip")
-
-
-class Features(nn.Module):
-    """A stand-in for Inception: uint8 images (B, 3, H, W) to 4 numbers each."""
-
-    num_features = 4
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(48, 4, generator=generator), requires_grad=False)
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8
-        return nn.functional.adaptive_avg_pool2d(images.to(self.weight.dtype) / 255, 4).flatten(1) @ self.weight
 
 
 class SquaredError(nn.Module):
@@ -52,19 +34,11 @@ class SquaredError(nn.Module):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, pipelines):
-    """A LoRA as train_flash_lora.save_final writes it, folders of images, and files that are wrong."""
+    """A LoRA, folders of images, and files that are wrong."""
     root = tmp_path_factory.mktemp("evaluate")
     pipeline = DiffusionPipeline.from_pretrained(pipelines("sd"))
     torch.manual_seed(1)
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    type(pipeline).save_lora_weights(
-        root / "final", unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
-        unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict())  # fmt: skip
-    scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
-    scheduler.save_pretrained(root / "final/scheduler")
-    write_distillation(
-        root / "final", method="flash_lora", parent=pipelines("sd"), steps=2,
-        timesteps=student_timesteps(scheduler, 2), guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+    save_random_lora(pipeline, root / "final", pipelines("sd"), alpha=8)
     for name, count in (("five", 5), ("other", 5), ("three", 3), ("one", 1), ("empty", 0)):
         (root / name).mkdir()
         for i in range(count):
@@ -175,21 +149,21 @@ def test_keys_of_kept_features(root, tmp_path):
     file = root / "five/8.png"
     os.utime(file, (1, 1))  # another content has at least another time
     assert image_sets.real_folder(root / "five", 32).identity != first.identity
-    network = Features()
+    network = FakeInception()
     before = metrics.fingerprint(network)
     network.weight += 1
-    assert metrics.fingerprint(network) != before == metrics.fingerprint(Features())
+    assert metrics.fingerprint(network) != before == metrics.fingerprint(FakeInception())
 
 
 def test_fid_of_a_set_with_itself_and_as_torchmetrics_has_it(root, tmp_path, monkeypatch):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    monkeypatch.setattr(metrics, "load_inception", lambda path: Features())
+    monkeypatch.setattr(metrics, "load_inception", lambda path: FakeInception())
     (tmp_path / "weights.pth").touch()
     flags = ["--models", root / "five", root / "other", "--real_dir", root / "five", "--num_real_images", 5]
     same, other = run(tmp_path, *flags, "--inception_path", tmp_path / "weights.pth")
     assert abs(same["fid"]) < 1e-6 and "frechet_clip" not in same and "clip_score" not in same
-    metric = FrechetInceptionDistance(feature=Features()).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=FakeInception()).set_dtype(torch.float64)
     for name, real in (("five", True), ("other", False)):
         images = [np.asarray(Image.open(file)) for file in image_sets.image_files(root / name)]
         metric.update(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), real=real)
@@ -210,7 +184,7 @@ def test_inception_is_torchmetrics_and_reads_tensors_only(root, tmp_path, monkey
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = metrics.inception_features(loaded, images / 127.5 - 1)
     assert features.shape == (2, 2048) and torch.equal(features, network(images))
-    torch.save({"code": Features()}, tmp_path / "pickle.pth")
+    torch.save({"code": FakeInception()}, tmp_path / "pickle.pth")
     for name in ("empty.pth", "pickle.pth"):
         with pytest.raises(ValueError, match=f"--inception_path .*{name} does not hold"):
             metrics.load_inception(tmp_path / name)
@@ -323,10 +297,8 @@ def test_mistakes_are_one_sentence(root, pipelines, tmp_path, capsys, monkeypatc
     known = {"root": root, "sd": pipelines("sd"), "clip": ROOT / "assets/tiny-clip", "tiny": evaluate.TINY_SD}
     flags = [flag.format(**known) for flag in flags]
     before = ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "kept", "--clip_model", "none"]
-    with pytest.raises(SystemExit) as stopped:
-        run_script(lambda flags: run_in_process(evaluate, *flags), [*before, *flags])
-    error = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(error) == 1
+    error = error_of(evaluate, [*before, *flags], capsys).splitlines()
+    assert len(error) == 1
     assert error[0].startswith("error: ") and sentence.format(**known) in error[0]
 
 

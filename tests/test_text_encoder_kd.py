@@ -1,22 +1,29 @@
 """train_text_encoder_kd.py: its loss, what the student keeps, its promises about resume and processes, its output."""
 
 import shutil
-import subprocess
-import sys
+from functools import partial
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
-from conftest import ROOT, environment, launch, launch_command, random_pipeline, read_json, run_in_process
+from conftest import ROOT, launch, random_pipeline, read_json, run_in_process
 from contract import assert_contract
 from diffusers import DDIMScheduler, LCMScheduler
+from launching import (
+    QUICK,
+    SHAPES,
+    assert_same_checkpoints,
+    checkpoint_tensors,
+    error_of,
+    images_in_memory,
+    kill_9_after,
+    quick,
+    stock_images,
+)
 from safetensors.torch import load_file
-from test_flash_lora import wait_for
 
 import train_text_encoder_kd
-from common.arguments import run_script
-from common.checkpoint import CheckpointError, checkpoints_in
+from common.checkpoint import CheckpointError
 from common.diffusion import NoiseSchedule, student_scheduler
 from common.models import TINY_SD, encode_prompts, load_pipeline, predict
 from common.shapes import caption_of, training_scene
@@ -25,35 +32,10 @@ from common.validation import write_distillation
 from train_text_encoder_kd import TextStates, draw, student_in_place, text_encoder_loss, tokenize, with_student
 
 SCRIPT = ROOT / "train_text_encoder_kd.py"
-QUICK = ["--train_batch_size", 4, "--report_to", "none", "--dataset_name", "shapes", "--resolution", 32]
-# Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
-QUICK += ["--adam_epsilon", 1e-4]
 SMALL = ["--num_hidden_layers", 1, "--intermediate_size", 32, "--hidden_size", 16, "--through_unet"]
 PROMPTS = ["a small red circle on a white background", ""]
-
-
-def quick(pipelines, folder, *more, kind="sd", steps=2):
-    model = ["--pretrained_model_name_or_path", pipelines(kind)]
-    return [*QUICK, *model, "--output_dir", folder, "--max_steps", steps, *more]
-
-
-def weights(folder):
-    """All tensors of a checkpoint: encoder, EMA and optimizer state."""
-    tensors = {**load_file(folder / "text_encoder.safetensors")}
-    tensors.update({f"ema.{k}": v for k, v in load_file(folder / "text_encoder_ema.safetensors").items()})
-    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
-    tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
-    return tensors
-
-
-def assert_same(a, b, **tolerance):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys() and len(a) > 10
-    for name in a:
-        if tolerance:
-            torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
-        else:
-            assert torch.equal(a[name], b[name]), name
+weights = partial(checkpoint_tensors, name="text_encoder")
+assert_same = partial(assert_same_checkpoints, name="text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +194,7 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, 
 
 def test_captions_alone_are_enough(pipelines, tmp_path):
     (tmp_path / "captions.json").write_text('[{"text": "a small red circle"}, {"text": "a large blue ring"}]')
-    arguments = quick(pipelines, tmp_path, "--data_dir", tmp_path / "captions.json")
-    arguments.remove("--dataset_name")
-    arguments.remove("shapes")
-    run_in_process(train_text_encoder_kd, *arguments)
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, data=["--data_dir", tmp_path / "captions.json"]))
     assert (tmp_path / "final/model_index.json").is_file()
 
 
@@ -226,8 +205,8 @@ def test_a_few_step_teacher_keeps_its_scheduler_and_contract(pipelines, tmp_path
     carried = {"steps": 4, "timesteps": [999, 749, 499, 249], "guidance": "baked", "guidance_scale": 1.0,
                "target": "x0"}  # fmt: skip
     write_distillation(tmp_path / "teacher", method="add", parent="x", **carried)
-    arguments = ["--pretrained_model_name_or_path", tmp_path / "teacher", "--output_dir", tmp_path]
-    run_in_process(train_text_encoder_kd, *QUICK, *arguments, "--max_steps", 1, "--run_name", "run")
+    more = ["--pretrained_model_name_or_path", tmp_path / "teacher", "--run_name", "run"]
+    run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *more, steps=1))
     contract = read_json(tmp_path / "run/final/distillation.json")
     parent = str(tmp_path / "teacher")
     assert contract == {"method": "text_encoder_kd", "parent": parent, **carried}
@@ -236,10 +215,7 @@ def test_a_few_step_teacher_keeps_its_scheduler_and_contract(pipelines, tmp_path
     assert_contract(student, student.scheduler, contract, 4)
 
 
-def test_compiled_is_the_plain_run_under_the_same_names(pipelines, tmp_path, monkeypatch):
-    """Traced and differentiated by torch.compile, without Inductor, which takes minutes to generate its CPU code."""
-    compiled, compile = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compiled.append(compile(m, backend="aot_eager")))
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, tmp_path, compiled):
     run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path / "plain"))
     run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path / "compiled", "--torch_compile"))
     assert len(compiled) == 1
@@ -274,18 +250,8 @@ def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
     arguments = quick(pipelines, tmp_path, *SMALL, "--batch_size", 4 // processes, "--checkpointing_steps", 3)
-    command = launch_command(SCRIPT, *arguments, "--max_steps", 100000, processes=processes)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    wait_for(lambda: (tmp_path / "checkpoint-3" / "state.json").is_file(), process)
-    # torch's launcher gives each worker a session of its own, so killing the launcher's group would spare them.
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
-    for _, later in checkpoints_in(tmp_path)[1:]:
-        shutil.rmtree(later)  # it may have got further before the signal
+    checkpoint = tmp_path / "checkpoint-3"
+    kill_9_after(checkpoint, SCRIPT, *arguments, "--max_steps", 100000, processes=processes)
     launch(SCRIPT, *arguments, "--max_steps", 6, "--resume_from_checkpoint", "latest", processes=processes)
     whole = uninterrupted
     if processes == 2:
@@ -304,37 +270,20 @@ def test_another_student_is_refused_on_resume(pipelines, uninterrupted, tmp_path
 
 # The output
 
-STOCK = """
-import sys, torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
-pipe.set_progress_bar_config(disable=True)
-images = pipe(["a red ring"], num_inference_steps=4, guidance_scale=3, height=32, width=32,
-              generator=torch.Generator().manual_seed(0), output_type="pt").images
-torch.save(images, sys.argv[2])
-"""
-
 
 def test_final_in_stock_diffusers_is_the_student_in_memory(pipelines, uninterrupted, tmp_path):
     """A narrower hidden size among the rest: the UNet's own projection drives it."""
-    subprocess.run([sys.executable, "-c", STOCK, uninterrupted / "final", tmp_path / "images.pt"], check=True,
-                   cwd=tmp_path)  # fmt: skip
-    stock = torch.load(tmp_path / "images.pt", weights_only=True)
+    stock = stock_images(uninterrupted / "final", 4, tmp_path)
     pipeline = load_pipeline(pipelines())
     encoder = shrink_text_encoder(pipeline.text_encoder, 1, 32, 16)
     student = TextStates(encoder, projection=torch.nn.Linear(16, 32)).eval()
     student.load_state_dict(load_file(uninterrupted / "checkpoint-6" / "text_encoder_ema.safetensors"))
     own = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_pretrained(uninterrupted / "final" / "scheduler")
-
-    def images():
-        return pipeline(["a red ring"], num_inference_steps=4, guidance_scale=3, height=32, width=32, output_type="pt",
-                        generator=torch.Generator().manual_seed(0)).images  # fmt: skip
-
-    base = images()
+    base = images_in_memory(pipeline, 4)
     with student_in_place(pipeline, "text_encoder", student):
-        torch.testing.assert_close(stock, images(), atol=1e-6, rtol=0)
-    assert torch.equal(base, images()) and (stock - base).abs().max() > 1e-4
+        torch.testing.assert_close(stock, images_in_memory(pipeline, 4), atol=1e-6, rtol=0)
+    assert torch.equal(base, images_in_memory(pipeline, 4)) and (stock - base).abs().max() > 1e-4
     assert type(own) is not DDIMScheduler
 
 
@@ -375,11 +324,8 @@ MISTAKES = [
 def test_mistakes_are_one_sentence_before_anything_loads(pipelines, tmp_path, capsys, monkeypatch, wrong, said):
     monkeypatch.setattr(train_text_encoder_kd, "load_pipeline", None)
     kind, wrong = ("sdxl", wrong[1:]) if wrong[0] == "sdxl" else ("sd", wrong)
-    arguments = quick(pipelines, tmp_path / "out", kind=kind)
-    if "--data_dir" in wrong:
-        arguments.remove("--dataset_name")
-        arguments.remove("shapes")
-    assert_one_sentence([*arguments, *wrong], said, capsys)
+    data = [] if "--data_dir" in wrong else SHAPES
+    assert_one_sentence(quick(pipelines, tmp_path / "out", *wrong, kind=kind, data=data), said, capsys)
 
 
 def test_a_model_without_data_is_refused(pipelines, tmp_path, capsys):
@@ -388,33 +334,24 @@ def test_a_model_without_data_is_refused(pipelines, tmp_path, capsys):
 
 
 def test_a_projected_unet_and_embedded_guidance_are_refused(uninterrupted, tmp_path, capsys):
-    model = ["--pretrained_model_name_or_path", uninterrupted / "final", "--output_dir", tmp_path / "out"]
-    assert_one_sentence([*QUICK, *model, "--hidden_size", 8], "has a projection of text states already", capsys)
+    flags = [*QUICK, *SHAPES, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path"]
+    said = "has a projection of text states already"
+    assert_one_sentence([*flags, uninterrupted / "final", "--hidden_size", 8], said, capsys)
     shutil.copytree(uninterrupted / "final", tmp_path / "embedded")
     write_distillation(tmp_path / "embedded", guidance="embedded", guidance_scale=4.0)
-    model = ["--pretrained_model_name_or_path", tmp_path / "embedded", "--output_dir", tmp_path / "out"]
-    assert_one_sentence([*QUICK, *model, "--through_unet"], "--through_unet", capsys)
+    assert_one_sentence([*flags, tmp_path / "embedded", "--through_unet"], "--through_unet", capsys)
 
 
 def assert_one_sentence(words, said, capsys):
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    capsys.readouterr()  # the bars of the fixture that saved the pipeline
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    args = train_text_encoder_kd.parse_args([str(word) for word in words])
-    with pytest.raises(SystemExit) as stop:
-        run_script(train_text_encoder_kd.main, args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error, error
+    error = error_of(train_text_encoder_kd, words, capsys)
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error, error
 
 
 # On a GPU
 
 
 @pytest.mark.gpu
-def test_fp16_trains_and_resumes(pipelines, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # conftest.py keeps every other test on the CPU
+def test_fp16_trains_and_resumes(pipelines, tmp_path, gpu):
     fp16 = ["--mixed_precision", "fp16", *SMALL]
     run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *fp16))
     more = [*fp16, "--resume_from_checkpoint", "latest", "--validation_prompts", "a ring", "--validation_steps", 3]

@@ -1,0 +1,155 @@
+"""What tests of several scripts share: short runs, killed runs, checkpoints compared, mistakes, stock diffusers."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, environment, launch, launch_command, run_main
+from safetensors.torch import load_file
+
+from common.arguments import run_script
+from common.checkpoint import checkpoints_in
+
+QUICK = ["--train_batch_size", 4, "--report_to", "none", "--resolution", 32]
+# Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
+QUICK += ["--adam_epsilon", 1e-4]
+SHAPES = ["--dataset_name", "shapes"]
+
+
+def quick(pipelines, folder, *more, kind="sd", steps=2, data=SHAPES):
+    """Flags of a short run of any training script on a random pipeline."""
+    model = ["--pretrained_model_name_or_path", pipelines(kind)]
+    return [*QUICK, *data, *model, "--output_dir", folder, "--max_steps", steps, *more]
+
+
+def quick_student(pipelines, student, folder, *more, **options):
+    """Flags of a short run of train_student_kd.py."""
+    return quick(pipelines, folder, "--student_model", student, *more, **options)
+
+
+# Checkpoints
+
+
+def checkpoint_tensors(folder, name):
+    """All tensors of a checkpoint: what is trained (<name>.safetensors), its EMA and optimizer state."""
+    tensors = {**load_file(folder / f"{name}.safetensors")}
+    tensors.update({f"ema.{k}": v for k, v in load_file(folder / f"{name}_ema.safetensors").items()})
+    state = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
+    tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    return tensors
+
+
+def assert_same_checkpoints(a, b, name, **tolerance):
+    """Bit for bit, or within assert_close's `tolerance` where one is given."""
+    a, b = checkpoint_tensors(a, name), checkpoint_tensors(b, name)
+    assert a.keys() == b.keys() and len(a) > 10
+    for key in a:
+        if tolerance:
+            torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+# Killed runs
+
+
+def wait_for(condition, process, seconds=240):
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
+        assert time.time() < deadline, "the run did not get there in time"
+        time.sleep(0.2)
+
+
+def kill_9_after(checkpoint, script, *arguments, processes=1):
+    """Launch a script and kill -9 it once `checkpoint`, its first one, is complete. It leaves no later one."""
+    command = launch_command(script, *arguments, processes=processes)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for((checkpoint / "state.json").is_file, process)
+    # torch's launcher gives each worker a session of its own, so killing the launcher's group would spare them.
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait()
+    for _, later in checkpoints_in(checkpoint.parent)[1:]:
+        shutil.rmtree(later)  # it may have got further before the signal
+
+
+KILLED_WHILE_SAVING = """
+import os, runpy, signal, sys
+import accelerate.accelerator
+script, killed_at = sys.argv[1:3]
+save = accelerate.accelerator.save_accelerator_state  # runs after the hook that writes the weights
+def torn(folder, *arguments, **options):
+    if str(folder).endswith(killed_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(folder, *arguments, **options)
+accelerate.accelerator.save_accelerator_state = torn
+sys.argv[1:] = sys.argv[3:]
+sys.path.insert(0, os.path.dirname(script))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def kill_9_while_saving(tmp_path, checkpoint, script, *arguments, processes=1):
+    """Launch a script that kills itself between the two halves of `checkpoint`, the name of its folder."""
+    (tmp_path / "killed.py").write_text(KILLED_WHILE_SAVING)
+    command = [tmp_path / "killed.py", script, checkpoint, *arguments]
+    result = launch(*command, check=False, processes=processes)
+    assert result.returncode != 0 and "SIGKILL" in result.stdout, result.stdout[-2000:]
+
+
+# Flags and mistakes
+
+
+def error_of(module, words, capsys):
+    """What a script says that a user's mistake ends: all of stderr, with exit status 2."""
+    args = module.parse_args([str(word) for word in words])
+    capsys.readouterr()  # the bars of the fixture that saved the pipeline
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda args: run_main(module, args), args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def assert_every_flag_has_help(module, monkeypatch):
+    """--help is the documentation."""
+    parsers, original = [], module.arguments.make_parser
+    monkeypatch.setattr(module.arguments, "make_parser", lambda text: parsers.append(original(text)) or parsers[-1])
+    args = module.parse_args([])
+    assert all(action.help for action in parsers[0]._actions)
+    parsers[0].format_help()
+    json.dumps(vars(args))
+
+
+# Stock diffusers
+
+STOCK = """
+import sys, torch
+from diffusers import DiffusionPipeline
+final, steps, out = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(final)
+images = pipe(["a red ring"], num_inference_steps=int(steps), guidance_scale=3, height=32, width=32,
+              generator=torch.Generator().manual_seed(0), output_type="pt").images
+torch.save(images, out)
+"""
+
+
+def stock_images(final, steps, tmp_path):
+    """What stock diffusers, in a process without this repository, makes of a folder that holds a pipeline."""
+    command = [sys.executable, "-c", STOCK, final, str(steps), tmp_path / "images.pt"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    return torch.load(tmp_path / "images.pt", weights_only=True)
+
+
+def images_in_memory(pipeline, steps, guidance_scale=3):
+    """The images of `stock_images`, by a pipeline in this process."""
+    return pipeline(["a red ring"], num_inference_steps=steps, guidance_scale=guidance_scale, height=32, width=32,
+                    output_type="pt", generator=torch.Generator().manual_seed(0)).images  # fmt: skip

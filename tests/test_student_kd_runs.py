@@ -1,0 +1,280 @@
+"""train_student_kd.py from start to end: resume, accumulation and processes, its evaluation, its output."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, FakeInception, launch, read_json, run_in_process, save_random_vgg16
+from contract import assert_contract
+from launching import (
+    QUICK,
+    SHAPES,
+    assert_same_checkpoints,
+    checkpoint_tensors,
+    images_in_memory,
+    kill_9_while_saving,
+    quick,
+    quick_student,
+    stock_images,
+)
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_student_kd
+from common import metrics
+from common.checkpoint import CheckpointError, checkpoints_in
+from common.diffusion import ddim_scheduler, student_timesteps
+from common.evaluation import better
+from common.models import load_pipeline
+
+SCRIPT = ROOT / "train_student_kd.py"
+# Every schedule at once: all are functions of the step, and must survive resume, accumulation and processes.
+SCHEDULES = ["--kd_alpha_end", 0.25, "--caption_dropout_end", 0.5, "--chain_schedule", 1000, 500, 250]
+SCHEDULES += ["--lr_scheduler", "one_cycle", "--snr_gamma", 5]
+NARROW = ("sd_small", (8, 16))  # half the width, no middle block: with projections
+weights = partial(checkpoint_tensors, name="student")
+assert_same = partial(assert_same_checkpoints, name="student")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipelines, students, tmp_path_factory):
+    """Six steps in one go with every schedule, global batch 4, with a checkpoint every third."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    arguments = quick_student(
+        pipelines, students("sd", *NARROW), folder, *SCHEDULES, "--checkpointing_steps", 3, steps=6
+    )
+    run_in_process(train_student_kd, *arguments)
+    return folder
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind, cut", [("v", ("sd_small", None)), ("sdxl", ("sd_base", None)), ("sd", NARROW)])
+def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, students, tmp_path, kind, cut):
+    more = ["--gradient_checkpointing", "--export", "fp16", "--validation_prompts", "a ring", "--validation_steps", 2]
+    more += ["--num_validation_images", 1, "--teacher_cpu_offload", "--eval_inference_steps", 2]
+    run_in_process(train_student_kd, *quick_student(pipelines, students(kind, *cut), tmp_path, *more, kind=kind))
+    final = tmp_path / "final"
+    contract = read_json(final / "distillation.json")
+    assert contract["method"] == "student_kd" and contract["parent"] == pipelines(kind)
+    assert (contract["guidance"], contract["guidance_scale"], contract["steps"]) == ("cfg", 7.5, None)
+    pipeline = load_pipeline(final)
+    for steps in (1, 2, 4, 8):
+        assert_contract(pipeline, ddim_scheduler(pipeline.scheduler, steps), contract, steps)
+    assert read_json(final / "compression.json") == read_json(students(kind, *cut) / "compression.json")
+    assert (tmp_path / "samples" / "step-2.png").is_file()
+    exported = load_pipeline(tmp_path / "final-fp16", dtype=torch.float16)
+    for name, value in load_pipeline(final, dtype=torch.float16).unet.state_dict().items():
+        assert torch.equal(exported.unet.state_dict()[name], value)
+    assert (tmp_path / "final-fp16" / "compression.json").is_file()
+
+
+def test_a_chain_decides_how_the_output_is_sampled(uninterrupted):
+    pipeline, contract = load_pipeline(uninterrupted / "final"), read_json(uninterrupted / "final/distillation.json")
+    assert (contract["steps"], contract["target"]) == (250, "next")
+    assert contract["timesteps"] == list(range(999, 0, -4))
+    assert student_timesteps(pipeline.scheduler, 250) == contract["timesteps"]
+    assert_contract(pipeline, pipeline.scheduler, contract, 10)
+    assert_contract(pipeline, pipeline.scheduler, contract, 25)
+
+
+def test_the_default_student_is_sd_small_of_the_teacher(pipelines, tmp_path):
+    arguments = quick(pipelines, tmp_path, steps=1)
+    run_in_process(train_student_kd, *arguments)
+    manifest = read_json(tmp_path / "student" / "compression.json")
+    assert manifest["variant"] == "sd_small" and manifest["parent"] == pipelines()
+    assert load_pipeline(tmp_path / "final").unet.config.mid_block_type is None
+    before = (tmp_path / "student/unet/config.json").stat().st_mtime_ns
+    run_in_process(train_student_kd, *arguments, "--max_steps", 2, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "student/unet/config.json").stat().st_mtime_ns == before
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_the_students_parent_is_the_default_teacher(pipelines, students, tmp_path):
+    arguments = ["--student_model", students("sd", "sd_small"), "--output_dir", tmp_path, "--max_steps", 1]
+    run_in_process(train_student_kd, *QUICK, *SHAPES, *arguments)
+    assert read_json(tmp_path / "final/distillation.json")["parent"] == pipelines()
+
+
+def test_bf16_trains_fp32_weights(pipelines, students, tmp_path):
+    run_in_process(
+        train_student_kd, *quick_student(pipelines, students("sd", *NARROW), tmp_path, "--mixed_precision", "bf16")
+    )
+    mine = weights(tmp_path / "checkpoint-2")
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in mine.values())
+    final = load_file(tmp_path / "final/unet/diffusion_pytorch_model.safetensors")
+    assert all(value.dtype == torch.float32 for value in final.values())
+
+
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, students, uninterrupted, tmp_path, compiled):
+    """Features are read out of traced graphs too."""
+    arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path, *SCHEDULES, "--torch_compile", steps=6)
+    run_in_process(train_student_kd, *arguments)
+    assert len(compiled) == 2
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+
+
+def test_every_trained_weight_moves_and_projections_stay_out_of_the_output(uninterrupted):
+    before, after = (load_file(uninterrupted / f"checkpoint-{n}" / "student.safetensors") for n in (3, 6))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert {name.split(".")[1] for name in before if name.startswith("projections.")} == {
+        "down_blocks_0", "down_blocks_1", "up_blocks_0", "up_blocks_1"}  # fmt: skip
+    ema = load_file(uninterrupted / "checkpoint-6" / "student_ema.safetensors")
+    final = load_file(uninterrupted / "final/unet/diffusion_pytorch_model.safetensors")
+    assert {f"unet.{name}" for name in final} == {name for name in ema if name.startswith("unet.")}
+    assert all(torch.equal(value, ema[f"unet.{name}"]) for name, value in final.items())
+
+
+def test_accumulation_is_the_large_batch(pipelines, students, uninterrupted, tmp_path):
+    more = [*SCHEDULES, "--gradient_accumulation_steps", 4, "--batch_size", 1]
+    run_in_process(train_student_kd, *quick_student(pipelines, students("sd", *NARROW), tmp_path, *more, steps=6))
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+
+
+def test_resume_is_the_uninterrupted_run_bit_for_bit(pipelines, students, uninterrupted, tmp_path):
+    """From another folder's copy of checkpoint-3: what counts is on the disk."""
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
+    more = [*SCHEDULES, "--resume_from_checkpoint", "latest"]
+    run_in_process(train_student_kd, *quick_student(pipelines, students("sd", *NARROW), tmp_path, *more, steps=6))
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, students, uninterrupted, tmp_path, processes):
+    """Two processes are one, too: killed and resumed or not, up to the order of a sum."""
+    more = [*SCHEDULES, "--checkpointing_steps", 3, "--batch_size", 4 // processes]
+    arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path / "run", *more, steps=6)
+    kill_9_while_saving(tmp_path, ".checkpoint-6.tmp", SCRIPT, *arguments, processes=processes)
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [3]
+    launch(SCRIPT, *arguments, "--resume_from_checkpoint", "latest", processes=processes)
+    resumed = tmp_path / "run/checkpoint-6"
+    if processes == 1:
+        assert_same(resumed, uninterrupted / "checkpoint-6")
+    else:
+        arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path / "whole", *more, steps=6)
+        launch(SCRIPT, *arguments, processes=2)
+        assert_same(resumed, tmp_path / "whole/checkpoint-6")
+        assert_same(resumed, uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+    assert (tmp_path / "run/final").is_dir() and not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_another_run_is_refused_and_another_length_is_said(pipelines, students, uninterrupted, tmp_path, capsys):
+    student = students("sd", *NARROW)
+    shutil.copytree(uninterrupted / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        run_in_process(train_student_kd, *quick_student(pipelines, student, tmp_path, *SCHEDULES, steps=6))
+    resume = [*SCHEDULES, "--resume_from_checkpoint", "latest"]
+    for change in (["--kd_weight", 2], ["--student_model", students("sd", "sd_small")], ["--snr_gamma", 1]):
+        with pytest.raises(CheckpointError, match=change[0].strip("-")):
+            run_in_process(train_student_kd, *quick_student(pipelines, student, tmp_path, *resume, *change))
+    capsys.readouterr()
+    run_in_process(train_student_kd, *quick_student(pipelines, student, tmp_path, *resume, steps=4))
+    said = "--lr_scheduler one_cycle, --kd_alpha_end, --caption_dropout_end, --chain_schedule was planned for 6 steps"
+    assert said in capsys.readouterr().out
+
+
+# Evaluation
+
+
+def evaluating(tmp_path):
+    """Flags of evaluations of five images, LPIPS with a random trunk among them."""
+    save_random_vgg16(tmp_path / "vgg16.safetensors")
+    return ["--eval_steps", 2, "--num_eval_images", 5, "--eval_inference_steps", 2, "--lpips_trunk_path",
+            tmp_path / "vgg16.safetensors"]  # fmt: skip
+
+
+def test_evaluation_leaves_training_bit_identical_and_remembers_the_best(
+    pipelines, students, uninterrupted, tmp_path, capsys
+):
+    more = [*SCHEDULES, *evaluating(tmp_path), "--checkpointing_steps", 3, "--report_to", "tensorboard"]
+    arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path / "a", *more, steps=6)
+    run_in_process(train_student_kd, *arguments)
+    assert_same(tmp_path / "a/checkpoint-6", uninterrupted / "checkpoint-6")
+    said = capsys.readouterr().out
+    assert said.count("Evaluation at step") == 3 and "frechet_clip" in said and "clip_score" in said
+    assert "lpips_teacher" in said and "scene_accuracy" in said and "fid" not in said
+    best = read_json(tmp_path / "a/checkpoint-6/best.json")
+    assert best["metric"] == "frechet_clip" and best["step"] in (2, 4, 6)
+    card = (tmp_path / "a/best/README.md").read_text()
+    assert f"| frechet_clip, 5 images | {best['value']:.4f} |" in card
+    assert f"| optimizer steps | {best['step']} |" in card
+    load_pipeline(tmp_path / "a/best")
+    assert not list((tmp_path / "a").rglob("*.png")) and list((tmp_path / "a/logs").rglob("events*"))
+    # A resumed run knows the best.
+    shutil.copytree(tmp_path / "a/checkpoint-3", tmp_path / "b/checkpoint-3")
+    arguments[arguments.index(tmp_path / "a")] = tmp_path / "b"
+    run_in_process(train_student_kd, *arguments, "--resume_from_checkpoint", "latest")
+    assert read_json(tmp_path / "b/checkpoint-6/best.json") == best
+
+
+def test_only_inception_makes_it_a_fid(pipelines, students, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "load_inception", lambda path: FakeInception())
+    (tmp_path / "inception.pth").write_bytes(b"")
+    more = ["--eval_steps", 1, "--num_eval_images", 20, "--eval_inference_steps", 1]
+    more += ["--inception_path", tmp_path / "inception.pth"]
+    run_in_process(
+        train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path / "out", *more, steps=1)
+    )
+    said = capsys.readouterr().out
+    assert "fid " in said and read_json(tmp_path / "out/checkpoint-1/best.json")["metric"] == "fid"
+
+
+def test_evaluation_in_two_processes_is_that_of_one(pipelines, students, tmp_path):
+    """Five images over two processes: shares differ, figures do not."""
+    lines = []
+    for processes in (1, 2):
+        more = ["--eval_steps", 2, "--num_eval_images", 5, "--eval_inference_steps", 2]
+        more += ["--batch_size", 2 // processes, "--learning_rate", 1e-9]
+        arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path / str(processes), *more)
+        output = launch(SCRIPT, *arguments, processes=processes).stdout
+        line = next(line for line in output.splitlines() if "Evaluation at step 2:" in line)
+        words = line.partition("Evaluation at step 2: ")[2].rstrip(".").split(", ")
+        lines.append({name: float(value) for name, value in (word.split() for word in words)})
+    assert lines[0] == pytest.approx(lines[1], rel=1e-2, abs=1e-3)
+
+
+def test_held_out_images_of_a_folder_are_judged(pipelines, students, tmp_path):
+    (tmp_path / "data").mkdir()
+    for index, caption in enumerate(["a red ring", "a blue cross", "a green square"]):
+        Image.new("RGB", (40, 32), (80 * index, 20, 200)).save(tmp_path / f"data/{index}.png")
+        (tmp_path / f"data/{index}.txt").write_text(caption)
+    more = ["--eval_steps", 1, "--eval_data_dir", tmp_path / "data", "--eval_inference_steps", 1]
+    more += ["--clip_model", ROOT / "assets/tiny-clip"]
+    run_in_process(
+        train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path / "out", *more, steps=1)
+    )
+    assert read_json(tmp_path / "out/checkpoint-1/best.json")["metric"] == "frechet_clip"
+    assert "| clip_score, 3 images |" in (tmp_path / "out/best/README.md").read_text()
+
+
+def test_better():
+    first = better(None, {"clip_score": 20.0, "frechet_clip": 5.0}, 1)
+    assert first == {"metric": "frechet_clip", "value": 5.0, "step": 1}
+    assert better(first, {"frechet_clip": 5.0}, 2) is first and better(first, {"frechet_clip": 6.0}, 2) is first
+    assert better(first, {"frechet_clip": 4.0}, 2)["step"] == 2
+    assert better(first, {"clip_score": 1.0}, 3) == {"metric": "clip_score", "value": 1.0, "step": 3}
+    assert better({"metric": "clip_score", "value": 1.0, "step": 3}, {"clip_score": 2.0}, 4)["step"] == 4
+
+
+# The output
+
+
+def test_final_in_stock_diffusers_is_the_student_in_memory(students, uninterrupted, tmp_path):
+    stock = stock_images(uninterrupted / "final", 5, tmp_path)
+    pipeline = load_pipeline(students("sd", *NARROW))
+    ema = load_file(uninterrupted / "checkpoint-6" / "student_ema.safetensors")
+    pipeline.unet.load_state_dict({k.removeprefix("unet."): v for k, v in ema.items() if k.startswith("unet.")})
+    pipeline.scheduler = ddim_scheduler(pipeline.scheduler, 250)
+    torch.testing.assert_close(stock, images_in_memory(pipeline, 5), atol=1e-6, rtol=0)
+
+
+def test_final_folder_and_checkpoint(uninterrupted):
+    names = {path.name for path in (uninterrupted / "final").iterdir()}
+    assert names == {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "distillation.json",
+                     "compression.json", "README.md"}  # fmt: skip
+    card = (uninterrupted / "final/README.md").read_text()
+    assert "DiffusionPipeline.from_pretrained" in card and "sd_small, widths [8, 16]" in card
+    names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}
+    assert names == {"student.safetensors", "student_ema.safetensors", "optimizer.bin", "best.json", "state.json"}
