@@ -1,8 +1,9 @@
 """Make a smaller student of a teacher pipeline: fewer blocks (BK-SDM, arXiv:2305.15798), narrower widths, or both.
 
-The student UNet starts from the teacher's own weights; the rest of the pipeline is the teacher's. The output is a
-whole pipeline folder that stock diffusers loads, with compression.json: what came from where, parameters and
-multiply-accumulates before and after. It draws nothing sensible yet: train_student_kd.py teaches it.
+The student UNet starts from the teacher's own weights (but for --random_init); the rest of the pipeline is the
+teacher's. The output is a whole pipeline folder that stock diffusers loads, with compression.json: what came from
+where, parameters and multiply-accumulates before and after. It draws nothing sensible yet: train_student_kd.py
+teaches it.
 
     python prepare_unet_small.py --variant sd_small --output_dir outputs/sd_small
     python prepare_unet_small.py --variant sd_tiny --width_ratio 0.5 --dry_run
@@ -20,13 +21,12 @@ transformers have several layers, half of those go too.
 
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 
 from common import arguments, compression
 from common.arguments import UsageError
-from common.checkpoint import FinalFolder
-from common.models import TINY_SD, load_pipeline, read_distillation, read_pipeline_config
-from common.validation import write_distillation, write_model_card
+from common.models import TINY_SD, load_pipeline, read_pipeline_config
 
 
 def parse_args(argv=None):
@@ -38,6 +38,8 @@ def parse_args(argv=None):
     add("--variant", choices=compression.VARIANTS, help="blocks to remove (default: none)")
     add("--width_ratio", type=arguments.positive_float, help="all widths times this, such as 0.5 (at most 1)")
     add("--block_out_channels", type=arguments.positive_int, nargs="+", help="widths of the stages that are left")
+    add("--random_init", type=arguments.natural, metavar="SEED", help="take nothing over: weights drawn from this "
+        "seed, to see what the teacher's are worth (default: start from the teacher's)")  # fmt: skip
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="outputs/student", help="where the student pipeline goes")
     add("--overwrite_output_dir", action="store_true", help="replace what the folder holds")
@@ -57,8 +59,8 @@ def student_widths(args, config):
     return compression.scaled_widths(left, args.width_ratio)
 
 
-def print_table(teacher, student, costs, manifest=None):
-    """What was kept, as text. teacher and student: configs; costs: compression.costs; manifest: of a made student."""
+def print_table(teacher, student, costs, block_map=None):
+    """What was kept, as text. teacher, student: configs; costs: compression.costs; block_map: of a made student."""
     rows = [("", "teacher", "student")]
     for name in ("block_out_channels", "down_block_types", "mid_block_type", "layers_per_block",
                  "transformer_layers_per_block"):  # fmt: skip
@@ -69,10 +71,9 @@ def print_table(teacher, student, costs, manifest=None):
         rows.append((name, f"{before:,}", f"{after:,} ({after / before:.1%})"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
-    if manifest is not None:
-        moved = {name: source for name, source in manifest["block_map"].items()
-                 if name != source and ".transformer_blocks." not in name}  # fmt: skip
-        print("\n".join(f"{name} is the teacher's {source}" for name, source in moved.items()))
+    for name, source in (block_map or {}).items():
+        if name != source and ".transformer_blocks." not in name:
+            print(f"{name} is the teacher's {source}")
 
 
 def main(args):
@@ -95,33 +96,20 @@ def main(args):
     # From here on every default of the class is in the config, as a model has it.
     config = dict(compression.empty_unet(config).config)
     widths = student_widths(args, config)
-    student = compression.student_config(compression.student_config(config, args.variant), None, widths)
+    student = compression.student_config(config, args.variant, widths)
     if args.dry_run:
         print_table(config, student, compression.costs(config, student))
         return
 
     pipeline = load_pipeline(teacher, revision=args.revision)
     unet, manifest = compression.build_student(pipeline.unet, args.variant, widths)
-    print_table(config, student, manifest, manifest)
+    if args.random_init is not None:
+        set_seed(args.random_init)
+        unet = UNet2DConditionModel.from_config(unet.config)
+        manifest.update(block_map={}, keep=None)
+    print_table(config, student, manifest, manifest["block_map"])
     pipeline.unet = unet
-    contract = read_distillation(teacher)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FinalFolder(output) as folder:
-        pipeline.save_pretrained(folder)
-        compression.write_manifest(folder, {"parent": teacher, **manifest})
-        write_distillation(folder, **{
-            "steps": None, "timesteps": None, "target": None, **contract, "method": "prepare_unet_small",
-            "parent": teacher})  # fmt: skip
-        write_model_card(
-            folder, "Smaller student, not trained yet", teacher,
-            usage="""
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")  # train it first: train_student_kd.py""",
-            notes={
-                "variant": args.variant, "block_out_channels": manifest["block_out_channels"],
-                "UNet parameters": f"{manifest['parameters']['student']:,} of {manifest['parameters']['teacher']:,}",
-            })  # fmt: skip
+    compression.save_student(output, pipeline, manifest, teacher)
     print(f"Done: {output}", flush=True)
 
 
