@@ -46,10 +46,9 @@ from common.image_sets import (
     sharded,
     to_pixels,
 )
-from common.models import TINY_SD, is_sdxl, load_pipeline, read_pipeline_config
+from common.models import TINY_SD, comes_from_tiny_sd, is_sdxl, load_pipeline, read_pipeline_config
 from common.sampling import (
     check_lora_path,
-    comes_from_tiny_sd,
     default_batch_size,
     guidance,
     is_hub_id,
@@ -348,10 +347,7 @@ def figures_of(gathered, captions, judges, real):
     """Figures of a configuration with intervals, for results.rows_of: on the main process, from all features."""
     per_image = {name: gathered[name] for name in ("scene_accuracy", "lpips") if name in gathered}
     if captions and judges.clip:
-        features = judges.clip.project(gathered["pooled"])
-        per_image["clip_score"] = metrics.clip_scores(features, judges.clip.text_features(captions))
-        if len(set(captions)) > 1 or shapes.scene_of(captions[0]):
-            per_image["r_precision"] = metrics.r_precision(judges.clip, features, captions)
+        per_image.update(metrics.clip_figures(judges.clip, gathered["pooled"], captions))
     figures = {name: metrics.bootstrap_interval(values.double()) for name, values in per_image.items()}
     for name, features in (("frechet", "pooled"), ("fid", "inception")):
         column = "frechet_clip" if name == "frechet" else name

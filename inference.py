@@ -40,10 +40,9 @@ from common import arguments, metrics, results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.diffusion import ddim_scheduler, student_scheduler
-from common.models import TINY_SD, is_sdxl, load_pipeline, read_pipeline_config
+from common.models import TINY_SD, comes_from_tiny_sd, is_sdxl, load_pipeline, read_pipeline_config
 from common.sampling import (
     check_lora_path,
-    comes_from_tiny_sd,
     default_batch_size,
     guidance,
     list_timesteps,

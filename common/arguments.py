@@ -8,9 +8,8 @@ import sys
 from accelerate.tracking import get_available_trackers
 
 from common.checkpoint import CheckpointError
-from common.compression import CompressionError
 from common.data import DataError
-from common.models import TINY_SD, ModelError
+from common.models import TINY_SD, ModelError, comes_from_tiny_sd
 
 
 class UsageError(ValueError):
@@ -96,12 +95,15 @@ def add_data_arguments(parser):
 
 
 def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_train_steps):
+    """max_train_steps: the flag's default; None where a script has other flags for the length, and no such one."""
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add("--train_batch_size", "--batch_size", type=positive_int, default=train_batch_size,
         help="samples per process and micro-batch")  # fmt: skip
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step")
-    add("--max_train_steps", "--max_steps", type=positive_int, default=max_train_steps, help="optimizer steps in all")
+    if max_train_steps is not None:
+        add("--max_train_steps", "--max_steps", type=positive_int, default=max_train_steps,
+            help="optimizer steps in all")  # fmt: skip
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
     add("--lr_scheduler", choices=("constant", "linear", "cosine", "one_cycle"), default="constant",
         help="after the warm-up: constant, or down to 0 at --max_train_steps; one_cycle: up from 1/25 along a cosine "
@@ -153,7 +155,7 @@ def add_runtime_arguments(parser):
 
 
 def use_embedded_default(args):
-    """With no model and no data: tiny-sd and shapes, said in one line. With a model alone: UsageError."""
+    """With no model and no data: tiny-sd and shapes, said in one line. With a foreign model alone: UsageError."""
     no_data = args.data_dir is None and args.dataset_name is None
     if args.pretrained_model_name_or_path is None:
         if not no_data and args.dataset_name != "shapes":
@@ -163,6 +165,10 @@ def use_embedded_default(args):
             args.dataset_name = "shapes"
             if int(os.environ.get("RANK", 0)) == 0:
                 print("No model and no data given: using the embedded assets/tiny-sd and rendered shapes.", flush=True)
+    elif no_data and comes_from_tiny_sd(args.pretrained_model_name_or_path):
+        args.dataset_name = "shapes"
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("No data given, and the model was made from tiny-sd: using rendered shapes.", flush=True)
     elif no_data:
         raise UsageError(
             "--pretrained_model_name_or_path is given but no data: add --data_dir or --dataset_name "
@@ -210,7 +216,7 @@ def run_script(main, args):
     """Run main(args); a user's mistake becomes one sentence on stderr and exit status 2."""
     try:
         main(args)
-    except (UsageError, ModelError, DataError, CheckpointError, CompressionError) as error:
+    except (UsageError, ModelError, DataError, CheckpointError) as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
         print(f"error: {error}{where}", file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from common.ema import copy_tensors
 def register_checkpoint_hooks(accelerator, trained, emas):
     """Make save_state / load_state write and read only the trained weights and their averages, as safetensors.
 
-    trained: dict of name to dict of parameters; emas: dict of the same names to EMA. Frozen models are never saved,
-    so a LoRA's checkpoint is megabytes. An EMA's update count is the optimizer step, so it is not stored.
+    trained: dict of name to dict of parameters; emas: dict of name to EMA, of those that have one. Frozen models are
+    never saved, so a LoRA's checkpoint is megabytes. An EMA's update count follows from the step: it is not stored.
     """
 
     def save(models, weights, folder):
@@ -21,17 +21,19 @@ def register_checkpoint_hooks(accelerator, trained, emas):
             for name, parameters in trained.items():
                 tensors = {key: p.detach().contiguous() for key, p in parameters.items()}
                 save_file(tensors, Path(folder) / f"{name}.safetensors")
-                shadow = {key: value.contiguous() for key, value in emas[name].shadow.items()}
+            for name, ema in emas.items():
+                shadow = {key: value.contiguous() for key, value in ema.shadow.items()}
                 save_file(shadow, Path(folder) / f"{name}_ema.safetensors")
 
     def load(models, folder):
         models.clear()
-        for name, parameters in trained.items():
-            try:
+        try:
+            for name, parameters in trained.items():
                 copy_tensors(load_file(Path(folder) / f"{name}.safetensors"), parameters)
-                copy_tensors(load_file(Path(folder) / f"{name}_ema.safetensors"), emas[name].shadow)
-            except (OSError, KeyError, RuntimeError) as error:
-                raise CheckpointError(f"{folder} holds other weights than this run trains: {error}.") from None
+            for name, ema in emas.items():
+                copy_tensors(load_file(Path(folder) / f"{name}_ema.safetensors"), ema.shadow)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} holds other weights than this run trains: {error}.") from None
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

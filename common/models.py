@@ -106,6 +106,7 @@ def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_p
     try:
         NoiseSchedule(scheduler_class.from_pretrained(path, subfolder="scheduler", revision=revision))
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        # No file; an unknown prediction type or betas; a scheduler that needs scipy, say; one without a schedule.
         raise ModelError(f"{where}: {_first(error)}.") from None
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return PIPELINES[name], unet["sample_size"] * factor, factor
@@ -182,6 +183,19 @@ def read_distillation(path):
         raise ModelError(f"{file} can't be read: {_first(error)}.") from None
 
 
+def comes_from_tiny_sd(path):
+    """Whether a pipeline is the embedded tiny-sd, or was made from it at some remove."""
+    ancestors = [path]
+    while (parent := read_distillation(ancestors[-1]).get("parent")) and parent not in ancestors:
+        ancestors.append(parent)
+    return any(is_tiny_sd(ancestor) for ancestor in ancestors)
+
+
+def is_tiny_sd(path):
+    """Whether a path is assets/tiny-sd of this checkout or of another one (segmind/tiny-sd, on the hub, is not)."""
+    return Path(path).parts[-2:] == TINY_SD.parts[-2:]
+
+
 @torch.no_grad()
 def encode_prompts(pipeline, captions, resolution):
     """Conditioning of a list of captions, by the pipeline's own encode_prompt, without guidance."""
@@ -231,6 +245,27 @@ def predict_guided(unet, z, timesteps, conditioning, unconditional, guidance_sca
     output = predict(unet, torch.cat([z, z]), torch.cat([timesteps, timesteps]), both)
     without, given = output.chunk(2)
     return without + guidance_scale * (given - without)
+
+
+@torch.no_grad()
+def with_guidance_input(unet, embedding_dim=256):
+    """A copy of a UNet that takes the guidance scale as an input (Meng et al. 2023): `timestep_cond` of `predict`.
+
+    The new layer, cond_proj, is zero, so the copy says what the UNet says whatever the scale. A UNet that has the
+    input already is returned as it is.
+    """
+    if unet.config.time_cond_proj_dim is not None:
+        return unet
+    copy = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": embedding_dim})
+    missing, unexpected = copy.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    copy.time_embedding.cond_proj.weight.zero_()  # torch's own initialisation is random
+    return copy.to(unet.device, unet.dtype).requires_grad_(False).eval()
+
+
+def guidance_embedding(pipeline, guidance_scale, embedding_dim):
+    """What the stock pipeline gives such a UNet for guidance scales (B,): a sinusoid of 1000 (w - 1), (B, dim)."""
+    return pipeline.get_guidance_scale_embedding(guidance_scale.cpu() - 1, embedding_dim)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 
 from common.arguments import UsageError
 from common.diffusion import ddim_scheduler
-from common.models import TINY_SD, decode_latents, read_distillation
+from common.models import TINY_SD, decode_latents, is_tiny_sd, read_distillation
 
 
 def default_batch_size(resolution):
@@ -63,19 +63,11 @@ def read_contract(path):
 def resolve_parent(contract, path):
     """The pipeline that a student was made from: as recorded, or the embedded tiny-sd of this checkout."""
     parent = str(contract.get("parent"))
-    if not Path(parent).exists() and Path(parent).name == TINY_SD.name:
+    if not Path(parent).exists() and is_tiny_sd(parent):
         return str(TINY_SD)
     if not Path(parent).exists() and (Path(parent).is_absolute() or parent.count("/") != 1):
         raise UsageError(f"{path} was made from {parent}, which is not here: give --pretrained_model_name_or_path.")
     return parent
-
-
-def comes_from_tiny_sd(model):
-    """Whether a pipeline is the embedded tiny-sd, or was made from it at some remove."""
-    ancestors = [model]
-    while (parent := read_contract(ancestors[-1]).get("parent")) and parent not in ancestors:
-        ancestors.append(parent)
-    return TINY_SD.name in [Path(path).name for path in ancestors]
 
 
 def guidance(contract, given, flag, outside=False):

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, save_random_lora
 from diffusers import DiffusionPipeline, LCMScheduler
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from launching import error_of
 from PIL import Image
 
 import inference
@@ -20,11 +20,9 @@ import prepare_tiny_sd
 from common import results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
-from common.diffusion import student_scheduler, student_timesteps
 from common.metrics import SceneReader
 from common.validation import write_distillation
 
-ROOT = Path(inference.__file__).parent
 PROMPTS = shapes.held_out_captions(2)
 
 
@@ -36,22 +34,12 @@ def folders(tmp_path_factory):
     tokenizer = prepare_tiny_sd.build_tokenizer()
     vae = prepare_tiny_sd.VaeObjective().model.to(memory_format=torch.contiguous_format)
     pipeline = prepare_tiny_sd.build_pipeline(prepare_tiny_sd.UNetObjective(tokenizer, vae), vae)
-    pipeline.save_pretrained(root / "tiny-sd")
-    write_distillation(root / "tiny-sd", guidance="cfg", guidance_scale=3.0)
+    pipeline.save_pretrained(root / "assets/tiny-sd")
+    write_distillation(root / "assets/tiny-sd", guidance="cfg", guidance_scale=3.0)
     prepare_tiny_sd.ClipObjective(tokenizer).model.save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")
     SceneReader(8).save_pretrained(root / "reader")
-
-    unet = pipeline.unet
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=16, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    type(pipeline).save_lora_weights(
-        root / "final", unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
-    scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
-    scheduler.save_pretrained(root / "final/scheduler")
-    write_distillation(
-        root / "final", method="flash_lora", parent=str(root / "tiny-sd"), steps=2,
-        timesteps=student_timesteps(scheduler, 2), guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+    save_random_lora(pipeline, root / "final", str(root / "assets/tiny-sd"), alpha=16)
     Image.new("RGB", (40, 50), "orange").save(root / "init.png")
     return root
 
@@ -141,7 +129,7 @@ def test_student_is_not_the_teacher(launched):
 
 
 def test_student_images_are_those_of_stock_diffusers(launched, folders):
-    pipeline = DiffusionPipeline.from_pretrained(folders / "tiny-sd")
+    pipeline = DiffusionPipeline.from_pretrained(folders / "assets/tiny-sd")
     pipeline.load_lora_weights(folders / "final")
     pipeline.scheduler = LCMScheduler.from_pretrained(folders / "final", subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
@@ -173,7 +161,7 @@ def test_batches_scale_and_second_run(folders, tmp_path):
 def test_image_to_image(folders, tmp_path):
     captions = tmp_path / "captions.json"
     flags = ["--lora_path", folders / "final/pytorch_lora_weights.safetensors", "--prompts_file", captions,
-             "--steps", 2, "--pretrained_model_name_or_path", folders / "tiny-sd"]  # fmt: skip
+             "--steps", 2, "--pretrained_model_name_or_path", folders / "assets/tiny-sd"]  # fmt: skip
     captions.write_text(json.dumps([{"text": prompt} for prompt in PROMPTS]))
     run(folders, tmp_path / "without", *flags)
     baseline = ["--compare_baseline", "--baseline_steps", 2, "--negative_prompt", "blur", "--dtype", "bf16"]
@@ -189,7 +177,7 @@ def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatc
     real_features = inference.metrics.shapes_real_features
     monkeypatch.setattr(inference, "MIN_FRECHET_IMAGES", 4)
     monkeypatch.setattr(inference.metrics, "shapes_real_features", lambda clip: real_features(clip, count=8))
-    (row,) = run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "tiny-sd", "--steps", 1,
+    (row,) = run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "assets/tiny-sd", "--steps", 1,
                  "--held_out_captions", 4, "--clip_model", folders / "clip", "--guidance_scale", 2)  # fmt: skip
     assert row["configuration"] == "model 1 steps w=2" and row["frechet_clip"] > 0 and row["images"] == 4
 
@@ -199,11 +187,11 @@ def baked(folders):
     """A whole pipeline with its guidance baked in, for 2 steps of target `next`."""
     path = folders / "baked"
     path.mkdir()
-    for entry in (folders / "tiny-sd").iterdir():
+    for entry in (folders / "assets/tiny-sd").iterdir():
         (path / entry.name).symlink_to(entry)
     (path / "distillation.json").unlink()
     write_distillation(path, guidance="baked", guidance_scale=1.0, steps=2, timesteps=[999, 499], target="next",
-                       parent=str(folders / "tiny-sd"))  # fmt: skip
+                       parent=str(folders / "assets/tiny-sd"))  # fmt: skip
     return path
 
 
@@ -247,7 +235,7 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
     (["--outdir", "{models}/init.png/out"], "init.png/out can't be made or written (Not a directory)"),
     (["--outdir", "/dev/fd"], "--outdir /dev/fd can't be made or written"),
     (["--clip_model", "{models}/nowhere"], "--clip_model: No CLIP judge at '{models}/nowhere'"),
-    (["--clip_model", "{models}/tiny-sd"], "--clip_model: No CLIP judge at '{models}/tiny-sd'"),
+    (["--clip_model", "{models}/assets/tiny-sd"], "--clip_model: No CLIP judge at '{models}/assets/tiny-sd'"),
     (["--reader", "{models}/nowhere"], "--reader {models}/nowhere: there is no scene reader"),
     (["--reader", "{models}/clip"], "--reader {models}/clip: there is no scene reader"),
     (["--reader", "{models}/clip", "--prompt", "a dog"], "--reader {models}/clip: there is no scene reader"),
@@ -258,11 +246,8 @@ def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, monkeypatch
     flags = [flag.format(models=folders, baked=baked) for flag in flags]
     sentence = sentence.format(models=folders)
     before = ["--device", "cpu", "--outdir", str(tmp_path), "--clip_model", "none", "--reader", "none"]
-    args = inference.parse_args([*before, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        inference.arguments.run_script(inference.main, args)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and sentence in error and error.startswith("error: ") and error.count("\n") == 1
+    error = error_of(inference, [*before, *flags], capsys)
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_out_of_gpu_memory_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
@@ -270,12 +255,10 @@ def test_out_of_gpu_memory_is_one_sentence(folders, tmp_path, capsys, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(inference, "generate", too_large)
-    args = inference.parse_args(["--lora_path", str(folders / "final"), "--clip_model", "none", "--reader", "none",
-                                 "--device", "cpu", "--outdir", str(tmp_path), "--batch_size", "48"])  # fmt: skip
-    with pytest.raises(SystemExit) as stopped:
-        inference.arguments.run_script(inference.main, args)
-    error = capsys.readouterr().err.splitlines()[-1]  # after the bars of loading
-    assert stopped.value.code == 2 and error.startswith("error: Out of GPU memory at --batch_size 48 and 32 pixels")
+    flags = ["--lora_path", folders / "final", "--clip_model", "none", "--reader", "none", "--device", "cpu"]
+    flags += ["--outdir", tmp_path, "--batch_size", 48]
+    error = error_of(inference, flags, capsys).splitlines()[-1]  # after the bars of loading
+    assert error.startswith("error: Out of GPU memory at --batch_size 48 and 32 pixels")
 
 
 def test_batch_size_follows_the_resolution(folders, tmp_path):
@@ -302,14 +285,14 @@ def test_only_default_judges_may_be_missing(folders, tmp_path, capsys, monkeypat
 
 def test_lcm50_is_how_stock_diffusers_samples_an_lcm_lora(folders, tmp_path, capsys):
     file = folders / "final/pytorch_lora_weights.safetensors"
-    flags = ["--lora_path", file, "--pretrained_model_name_or_path", folders / "tiny-sd", "--prompt", *PROMPTS]
+    flags = ["--lora_path", file, "--pretrained_model_name_or_path", folders / "assets/tiny-sd", "--prompt", *PROMPTS]
     (trailing,) = run(folders, tmp_path / "lcm", *flags)
     assert "Scheduler: LCM on trailing timesteps, the default." in capsys.readouterr().out
     assert trailing["timesteps"] == [999, 749, 499, 249]
     (own,) = run(folders, tmp_path, *flags, "--scheduler", "lcm50")
     assert "Scheduler: LCM on its own grid of 50 timesteps, from --scheduler." in capsys.readouterr().out
     assert own["timesteps"] == [999, 759, 499, 259] and own["scheduler"] == "LCMScheduler"
-    pipeline = DiffusionPipeline.from_pretrained(folders / "tiny-sd")
+    pipeline = DiffusionPipeline.from_pretrained(folders / "assets/tiny-sd")
     pipeline.load_lora_weights(file)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -344,7 +327,7 @@ def test_a_lora_of_another_model_is_refused(folders, tmp_path):
 
     save_file(inference_weights, path)
     with pytest.raises(UsageError, match="--lora_path"):
-        run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "tiny-sd", "--lora_path", path)
+        run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "assets/tiny-sd", "--lora_path", path)
 
 
 def test_interruption_keeps_what_was_finished(folders, tmp_path, monkeypatch):
