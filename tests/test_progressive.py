@@ -1,0 +1,288 @@
+"""train_progressive.py: its targets, its stages, resume inside them, and what it refuses."""
+
+import shutil
+from functools import partial
+
+import launching
+import pytest
+import torch
+from conftest import ROOT, launch, random_pipeline, read_json, run_in_process
+from contract import assert_contract
+from launching import (
+    SHAPES,
+    assert_every_flag_has_help,
+    assert_same_checkpoints,
+    checkpoint_tensors,
+    error_of,
+    images_in_memory,
+    kill_9_while_saving,
+    stock_images,
+)
+from safetensors.torch import load_file
+
+import train_progressive
+from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
+from common.models import load_pipeline, predict_guided, with_guidance_input
+from common.validation import write_distillation
+from train_progressive import draw, progressive_loss, stage_at, stage_grid, student_steps
+
+SCRIPT = ROOT / "train_progressive.py"
+assert_same = partial(assert_same_checkpoints, name="student")
+
+
+def quick(pipelines, folder, *more, **options):
+    """8 -> 4 -> 2 steps, three updates each."""
+    words = [str(word) for word in launching.quick(pipelines, folder, **options)]
+    at = words.index("--max_steps")
+    stages = ["--start_steps", "8", "--end_steps", "2", "--steps_per_stage", "3", "--checkpointing_steps", "4"]
+    return [*words[:at], *words[at + 2 :], *stages, *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipelines, tmp_path_factory):
+    """All stages in one go, global batch 4: checkpoints 3 (end of a stage), 4 and 6."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_in_process(train_progressive, *quick(pipelines, folder))
+    return folder
+
+
+# The method
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [64, 8, 2])
+def test_the_closed_form_takes_one_step_to_where_the_teacher_got_in_two(prediction_type, steps):
+    scheduler = ddim_scheduler(random_pipeline("sd").scheduler, 4)
+    schedule = NoiseSchedule(type(scheduler).from_config(scheduler.config, prediction_type=prediction_type))
+    t, middle, after = stage_grid(scheduler, steps)
+    assert after[-1] == -1
+    z, first, second = (torch.randn(len(t), 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    if prediction_type == "epsilon":  # what a model says of z is near its noise, or x0 would be of any size at t = 999
+        first, second = z + 0.05 * first, z + 0.05 * second
+    z_next = schedule.ddim_step(second, schedule.ddim_step(first, z, t, middle), middle, after)
+    x0 = schedule.x0_of_step(z_next, z, t, after)
+    epsilon = (z - schedule.alpha(t) * x0) / schedule.sigma(t)
+    output = schedule.target(x0, epsilon, t)
+    torch.testing.assert_close(schedule.ddim_step(output, z, t, after), z_next, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x0[-1:], z_next[-1:])
+    for space in ("v", "x"):
+        assert progressive_loss(output, z, t, z_next, after, schedule, space) < 1e-6
+        assert progressive_loss(output + 0.1, z, t, z_next, after, schedule, space) > 1e-3
+
+
+def test_loss_spaces():
+    """v: the plain error of v = alpha eps - sigma x. x: an error in x0 with weight max(SNR, 1)."""
+    schedule = NoiseSchedule(random_pipeline("v").scheduler)
+    z, output, z_next = (torch.randn(2, 4, 8, 8) for _ in range(3))
+    t, after = torch.tensor([749, 249]), torch.tensor([499, -1])
+    x0 = schedule.x0_of_step(z_next, z, t, after)
+    v = schedule.target(x0, (z - schedule.alpha(t) * x0) / schedule.sigma(t), t)
+    loss = progressive_loss(output, z, t, z_next, after, schedule, "v")
+    torch.testing.assert_close(loss, (output - v).square().mean(), rtol=1e-4, atol=0)
+    error = (schedule.to_x0(output, z, t) - x0).square().mean(dim=(1, 2, 3)) * schedule.snr(t).flatten().clamp(min=1)
+    torch.testing.assert_close(progressive_loss(output, z, t, z_next, after, schedule, "x"), error.mean())
+
+
+def test_stages():
+    assert student_steps(64, 4) == [32, 16, 8, 4] and student_steps(6, 3) == [3] and student_steps(2, 1) == [1]
+    assert [stage_at(step, [3, 2]) for step in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("steps", [512, 64, 32, 16, 8, 4, 2])
+def test_a_students_timesteps_are_every_other_one_of_its_teachers(steps):
+    scheduler = random_pipeline("sd").scheduler
+    teacher = student_timesteps(ddim_scheduler(scheduler, steps), steps)
+    t, middle, after = (times.tolist() for times in stage_grid(scheduler, steps))
+    assert t == teacher[0::2] and middle == teacher[1::2] and after == [*t[1:], -1] and t[0] == 999
+
+
+@pytest.mark.parametrize("kind", ["sd", "v"])
+@pytest.mark.parametrize("steps", [64, 32, 16])
+def test_contract_of_sampling_at_many_steps(kind, steps):
+    pipeline = random_pipeline(kind)
+    pipeline.set_progress_bar_config(disable=True)
+    contract = {"guidance": "baked", "guidance_scale": 1.0, "target": "next"}
+    assert_contract(pipeline, ddim_scheduler(pipeline.scheduler, steps), contract, steps)
+
+
+def test_draws_depend_on_the_position_alone():
+    args = train_progressive.parse_args(["--guidance_min", "2", "--guidance_max", "5"])
+    noise, slots, scales = draw(args, 7, range(400), torch.zeros(400, 1, 2, 2), 4)
+    assert slots.bincount().min() > 70 and scales.min() < 2.2 and scales.max() > 4.8
+    assert 2 <= scales.min() and scales.max() <= 5
+    again = draw(args, 7, range(100, 110), torch.zeros(10, 1, 2, 2), 4)
+    assert all(torch.equal(a, b[100:110]) for a, b in zip(again, (noise, slots, scales)))
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [("v", []), ("sdxl", ["--loss_space", "x"]), ("sd", ["--lora_rank", 4]), ("sdxl", ["--lora_rank", 2])],
+)
+def test_every_stage_of_every_kind_keeps_the_contract(pipelines, tmp_path, kind, more):
+    more = [*more, "--export", "fp16", "--validation_prompts", "a ring", "--validation_steps", 5]
+    more += ["--gradient_checkpointing"]
+    run_in_process(train_progressive, *quick(pipelines, tmp_path, *more, "--num_validation_images", 1, kind=kind))
+    for folder, steps in (("stage-4", 4), ("stage-2", 2), ("final", 2)):
+        contract = read_json(tmp_path / folder / "distillation.json")
+        assert contract["steps"] == steps and contract["guidance"] == "baked" and contract["target"] == "next"
+        if "--lora_rank" in more:
+            pipeline = load_pipeline(pipelines(kind))
+            saved = ddim_scheduler(pipeline.scheduler, steps).from_pretrained(tmp_path / folder, subfolder="scheduler")
+            pipeline.load_lora_weights(tmp_path / folder)
+        else:
+            pipeline = load_pipeline(tmp_path / folder)
+            saved = pipeline.scheduler
+        assert_contract(pipeline, saved, contract, steps)
+    assert (tmp_path / "samples" / "step-5.png").is_file()
+    exported = load_pipeline(tmp_path / "final-fp16", torch.float16)
+    assert student_timesteps(exported.scheduler, 2) == [999, 499]
+
+
+def test_a_stage_starts_as_its_teacher_and_with_a_new_optimizer(uninterrupted):
+    boundary = uninterrupted / "checkpoint-3"
+    stage = load_file(uninterrupted / "stage-4/unet/diffusion_pytorch_model.safetensors")
+    for name in ("student", "student_ema", "teacher"):
+        tensors = load_file(boundary / f"{name}.safetensors")
+        assert tensors.keys() == stage.keys() and all(torch.equal(tensors[key], stage[key]) for key in stage)
+    assert not torch.load(boundary / "optimizer.bin", weights_only=True)["state"]
+    inside, later = (load_file(uninterrupted / f"checkpoint-4/{name}.safetensors") for name in ("student", "teacher"))
+    assert all(torch.equal(later[key], stage[key]) for key in stage)
+    assert all(not torch.equal(inside[key], stage[key]) for key in stage)
+
+
+def test_guidance_goes_into_the_first_halving_alone(pipelines, uninterrupted, tmp_path, monkeypatch):
+    scales = []
+
+    def spy(*arguments):
+        scales.append(arguments[-1])
+        return predict_guided(*arguments)
+
+    monkeypatch.setattr(train_progressive, "predict_guided", spy)
+    run_in_process(train_progressive, *quick(pipelines, tmp_path / "a", "--guidance_scale", 3))
+    assert scales == [3.0] * 6  # two teacher steps in each of three updates
+    scales.clear()
+    # The student of 4 steps has its guidance inside: as a teacher it is not guided.
+    pipeline = load_pipeline(uninterrupted / "stage-4")
+    pipeline.save_pretrained(tmp_path / "baked")
+    shutil.copy(uninterrupted / "stage-4" / "distillation.json", tmp_path / "baked")
+    arguments = quick(lambda kind: tmp_path / "baked", tmp_path / "b", "--start_steps", 4)
+    run_in_process(train_progressive, *arguments)
+    assert not scales and read_json(tmp_path / "b/final/distillation.json")["guidance_scale"] == 1
+
+
+def test_a_teacher_with_guidance_as_an_input_keeps_it(pipelines, tmp_path):
+    pipeline = load_pipeline(pipelines())
+    pipeline.unet = with_guidance_input(pipeline.unet, 32)
+    with torch.no_grad():
+        pipeline.unet.time_embedding.cond_proj.weight.normal_(std=0.05)
+    pipeline.save_pretrained(tmp_path / "embedded")
+    write_distillation(tmp_path / "embedded", parent=pipelines(), guidance="embedded", guidance_scale=3.0)
+    run_in_process(train_progressive, *quick(lambda kind: tmp_path / "embedded", tmp_path / "run"))
+    contract = read_json(tmp_path / "run/final/distillation.json")
+    assert contract["guidance"] == "embedded" and contract["guidance_scale"] == 3
+    student = load_pipeline(tmp_path / "run/final")
+    cond_proj = student.unet.time_embedding.cond_proj.weight
+    assert not torch.equal(cond_proj, pipeline.unet.time_embedding.cond_proj.weight)
+    for scale in (3.0, 7.5):
+        assert_contract(student, student.scheduler, {**contract, "guidance_scale": scale}, 2)
+
+
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, uninterrupted, tmp_path, compiled):
+    run_in_process(train_progressive, *quick(pipelines, tmp_path, "--torch_compile", "--checkpointing_steps", 100))
+    assert len(compiled) == 2
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+
+
+def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
+    launch(SCRIPT, *quick(pipelines, tmp_path, "--batch_size", 2), processes=2)
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+
+
+def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
+    run_in_process(
+        train_progressive, *quick(pipelines, tmp_path, "--gradient_accumulation_steps", 4, "--batch_size", 1)
+    )
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_resume_within_and_between_stages_bit_for_bit(pipelines, uninterrupted, tmp_path, number):
+    """From another folder's copy of a checkpoint: the stage's teacher is in it too."""
+    shutil.copytree(uninterrupted / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
+    run_in_process(train_progressive, *quick(pipelines, tmp_path, "--resume_from_checkpoint", "latest"))
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6")
+    mine, whole = (load_pipeline(folder / "final").unet.state_dict() for folder in (tmp_path, uninterrupted))
+    assert all(torch.equal(mine[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_in_the_second_stage_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
+    words = ["--batch_size", 4 // processes, "--checkpointing_steps", 1]
+    arguments = quick(pipelines, tmp_path / "killed", *words)
+    kill_9_while_saving(tmp_path, ".checkpoint-5.tmp", SCRIPT, *arguments, processes=processes)
+    assert (tmp_path / "killed/checkpoint-4").is_dir() and (tmp_path / "killed/stage-4").is_dir()
+    launch(SCRIPT, *arguments, "--resume_from_checkpoint", "latest", processes=processes)
+    whole = uninterrupted
+    if processes == 2:
+        whole = tmp_path / "whole"
+        launch(SCRIPT, *quick(pipelines, whole, *words), processes=2)
+    assert_same(tmp_path / "killed/checkpoint-6", whole / "checkpoint-6")
+
+
+def test_a_stage_in_stock_diffusers_is_the_student_in_memory(uninterrupted, tmp_path):
+    images = stock_images(uninterrupted / "stage-4", 4, tmp_path)
+    mine = images_in_memory(load_pipeline(uninterrupted / "stage-4"), 4)
+    torch.testing.assert_close(images, mine, atol=1e-6, rtol=0)
+
+
+# Mistakes
+
+MISTAKES = [
+    (["--start_steps", "12", "--end_steps", "5"], "--start_steps 12 is not --end_steps 5 times a power of two"),
+    (["--start_steps", "2", "--end_steps", "4"], "--start_steps 2 is not more than --end_steps 4"),
+    (["--start_steps", "4", "--end_steps", "4"], "--start_steps 4 is not more than --end_steps 4"),
+    (["--start_steps", "1024", "--end_steps", "4"], "--start_steps 1024"),
+    (["--guidance_scale", "-1"], "--guidance_scale"),
+    (["--guidance_min", "5", "--guidance_max", "2"], "--guidance_min 5"),
+    (["--pretrained_model_name_or_path", "{x0}"], "predicts and re-noises"),
+    (["--pretrained_model_name_or_path", "{baked}"], "made for 4 steps"),
+    (["--pretrained_model_name_or_path", "{baked}", "--start_steps", "4", "--guidance_scale", "3"], "baked in"),
+    (["--pretrained_model_name_or_path", "{embedded}", "--guidance_scale", "3"], "--guidance_min"),
+    (["--lora_rank", "4", "--lora_targets", "no_such_layer"], "--lora_targets no_such_layer"),
+    (["--data_dir", "nowhere"], "nowhere"),
+    (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
+]
+
+
+@pytest.mark.parametrize("wrong, said", MISTAKES, ids=[" ".join(wrong) for wrong, _ in MISTAKES])
+def test_mistakes_are_one_sentence(pipelines, tmp_path, capsys, wrong, said):
+    teachers = {"x0": ("baked", 4, "x0"), "baked": ("baked", 4, "next"), "embedded": ("embedded", None, "next")}
+    for name, (guidance, steps, target) in teachers.items():
+        (tmp_path / name).mkdir()
+        write_distillation(tmp_path / name, guidance=guidance, guidance_scale=1.0, steps=steps, target=target)
+    wrong = [word.format(**{name: tmp_path / name for name in teachers}) for word in wrong]
+    data = [] if "--data_dir" in wrong else SHAPES
+    error = error_of(train_progressive, quick(pipelines, tmp_path / "out", *wrong, data=data), capsys)
+    assert said in error and error.count("error: ") == 1 and "Traceback" not in error
+    assert error.startswith("error: ") or "--lora_targets" in said  # that one needs the UNet: a bar stands before it
+
+
+def test_every_flag_has_help(monkeypatch):
+    assert_every_flag_has_help(train_progressive, monkeypatch)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora", [[], ["--lora_rank", 4]])
+def test_fp16_trains_and_resumes(pipelines, tmp_path, gpu, lora):
+    fp16 = ["--mixed_precision", "fp16", *lora]
+    run_in_process(train_progressive, *quick(pipelines, tmp_path / "a", *fp16))
+    shutil.copytree(tmp_path / "a/checkpoint-4", tmp_path / "b/checkpoint-4")
+    run_in_process(train_progressive, *quick(pipelines, tmp_path / "b", *fp16, "--resume_from_checkpoint", "latest"))
+    tensors = checkpoint_tensors(tmp_path / "b/checkpoint-6", "student")
+    assert all(value.isfinite().all() for value in tensors.values())
