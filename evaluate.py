@@ -102,6 +102,8 @@ def parse_args(argv=None):
     add("--cache_dir", default="outputs/real_features", help="where features of real images are kept")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what each was trained for)")
+    add("--trained_steps", action="store_true", help="--steps is for models that were trained for no step count of "
+        "their own; the others, such as the stages of train_progressive.py, keep theirs")  # fmt: skip
     add("--num_images", type=arguments.positive_int, help="images per configuration (default: a folder's, else 200)")
     add("--batch_size", type=arguments.positive_int,
         help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)")  # fmt: skip
@@ -237,7 +239,9 @@ def plan_sampling(model, args):
     """Steps and guidance of a pipeline or LoRA: as saved, unless a flag says otherwise."""
     given = None if model.contract["guidance"] == "baked" else args.guidance_scale
     model.guidance_scale, why = guidance(model.contract, given, "--guidance_scale")
-    model.steps = list(dict.fromkeys(args.steps or [model.contract.get("steps") or 50]))
+    trained = model.contract.get("steps")
+    asked = None if args.trained_steps and trained else args.steps
+    model.steps = list(dict.fromkeys(asked or [trained or 50]))
     print(f"{model.path}: guidance {why}.", flush=True)
     return model
 
@@ -445,8 +449,9 @@ def write_pictures(output, runs, captions):
     heads = [f"{name[-12:]} {rows[0].get('steps', '')}".strip() for name, (rows, _) in zip(names, runs)]
     image_grid([list(row) for row in zip(*shown)], captions, heads).save(output / "grid.png")
     sampled = [{**rows[0], "model": name} for name, (rows, _) in zip(names, runs) if "steps" in rows[0]]
-    if len({row["steps"] for row in sampled}) > 1:
-        results.plot(sampled, "steps", "model", output / "quality_steps.png")
+    if len({row["steps"] for row in sampled}) > 1:  # the stages of one progressive distillation are one line
+        lines = [{**row, "model": re.sub(r"/stage-\d+$", "", row["model"])} for row in sampled]
+        results.plot(lines, "steps", "model", output / "quality_steps.png")
     if len({row["model"] for row in sampled}) > 1:
         results.plot(sampled, "parameters", "steps", output / "quality_size.png")
 

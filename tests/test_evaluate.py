@@ -254,6 +254,7 @@ def test_reference_steps(root, pipelines):
     assert planned("--models", lora, "--reference", sd, "--reference_steps", 9, "--steps", 1, 4) == [
         (sd, [9]), (lora, [1, 4])]  # fmt: skip
     assert planned("--models", sd, lora, "--reference", lora) == [(lora, [2]), (sd, [50])]
+    assert planned("--models", sd, lora, "--steps", 8, 4, "--trained_steps") == [(sd, [8, 4]), (lora, [2])]
     assert planned("--models", root / "five", sd) == [(str(root / "five"), []), (sd, [50])]
 
 
