@@ -3,10 +3,18 @@
 # The global batch of 64, and so the result, is the same however many processes share it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --num_processes 1 --mixed_precision no \
-    train_text_encoder_kd.py --num_hidden_layers 1 \
-    --learning_rate 2e-3 --lr_warmup_steps 50 --lr_scheduler cosine --batch_size 64 --max_steps 4000 \
+processes=1 config=accelerate_configs/single_gpu.yaml
+if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
+    config=accelerate_configs/cpu.yaml
+    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+launch() {
+    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
+}
+launch train_text_encoder_kd.py --num_hidden_layers 1 \
+    --learning_rate 2e-3 --lr_warmup_steps 50 --lr_scheduler cosine --batch_size $((64 / processes)) --max_steps 2000 \
     --checkpointing_steps 500 --checkpoints_total_limit 2 --output_dir outputs/text_encoder_kd \
     --resume_from_checkpoint latest "$@"
-python inference.py --pretrained_model_name_or_path outputs/text_encoder_kd/final \
-    --held_out_captions "${CAPTIONS:-2000}" --steps 50 --compare_baseline --outdir outputs/text_encoder_kd/benchmark
+launch evaluate.py --models assets/tiny-sd outputs/text_encoder_kd/final --steps 25 --num_images "${CAPTIONS:-2000}" \
+    --output_dir outputs/text_encoder_kd/evaluation

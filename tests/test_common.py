@@ -26,7 +26,7 @@ from common.ema import EMA, copy_tensors
 from common.hooks import FeatureTap
 from common.metrics import load_lpips
 from common.models import ModelError, load_pipeline, read_pipeline_config
-from common.validation import image_grid
+from common.validation import image_grid, write_distillation
 
 
 def parameters(seed=0):
@@ -182,15 +182,22 @@ def test_learning_rate_is_a_function_of_the_step(kind, ends):
     assert rates[-1] == pytest.approx(ends, rel=1e-2)
 
 
-def test_the_embedded_default_and_a_model_without_data():
+def test_the_embedded_default_and_a_model_without_data(tmp_path):
     parser = arguments.make_parser("")
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     args = parser.parse_args([])
     arguments.use_embedded_default(args)
     assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(models.TINY_SD)
-    with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
-        arguments.use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", "a/b"]))
+    for foreign in ("a/b", "segmind/tiny-sd"):
+        with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
+            arguments.use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", foreign]))
+    for name, parent in (("student", "/elsewhere/assets/tiny-sd"), ("its_student", str(tmp_path / "student"))):
+        (tmp_path / name).mkdir()
+        write_distillation(tmp_path / name, parent=parent, guidance="baked", guidance_scale=1.0)
+        args = parser.parse_args(["--pretrained_model_name_or_path", str(tmp_path / name)])
+        arguments.use_embedded_default(args)
+        assert args.dataset_name == "shapes"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)

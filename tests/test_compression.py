@@ -192,6 +192,17 @@ def test_the_script_writes_a_pipeline_that_stock_diffusers_loads(tmp_path, capsy
     )
 
 
+def test_random_init_takes_nothing_over(tmp_path):
+    for name, seed in (("a", []), ("b", ["--random_init", 0]), ("c", ["--random_init", 0])):
+        run_in_process(prepare_unet_small, "--variant", "sd_small", "--output_dir", tmp_path / name, *seed)
+    own, drawn, again = (load_pipeline(tmp_path / name).unet.state_dict() for name in "abc")
+    taken = [name for name, value in own.items() if value.dim() > 1 and torch.equal(value, drawn[name])]
+    assert not taken and all(torch.equal(value, again[name]) for name, value in drawn.items())
+    manifest = compression.read_manifest(tmp_path / "b")
+    assert manifest["block_map"] == {} and manifest["keep"] is None
+    assert manifest["feature_pairs"] == compression.read_manifest(tmp_path / "a")["feature_pairs"]
+
+
 MISTAKES = [
     ([], "nothing to do"),
     (["--width_ratio", "0.5", "--block_out_channels", "24", "48", "48"], "--width_ratio and --block_out_channels"),
