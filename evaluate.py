@@ -438,19 +438,26 @@ def evaluate_model(model, number, args, accelerator, judges, captions, real, ref
     return reference
 
 
+def short_names(models):
+    """What a picture has room for: the last part of each path that is not "final", or two, or the whole path."""
+    parts = [[part for part in Path(model).parts if part != "final"] for model in models]
+    for length in (1, 2):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(models)):
+            return names
+    return models
+
+
 def write_pictures(output, runs, captions):
     """grid.png, and the plots that these runs give something to draw for."""
     side = (max(entry["resolution"] for _, entry in runs),) * 2
     shown = [[ImageOps.fit(open_image(file), side) for file in entry["files"][:GRID_IMAGES]] for _, entry in runs]
-    models = [entry["model"] for _, entry in runs]
-    names = ["/".join(Path(model).parts[-2:]) for model in models]  # out/kd/final is kd/final
-    if len(set(names)) < len(set(models)):
-        names = models
-    heads = [f"{name[-12:]} {rows[0].get('steps', '')}".strip() for name, (rows, _) in zip(names, runs)]
+    names = short_names([entry["model"] for _, entry in runs])
+    heads = [f"{name[-16:]} {rows[0].get('steps', '')}".strip() for name, (rows, _) in zip(names, runs)]
     image_grid([list(row) for row in zip(*shown)], captions, heads).save(output / "grid.png")
     sampled = [{**rows[0], "model": name} for name, (rows, _) in zip(names, runs) if "steps" in rows[0]]
-    if len({row["steps"] for row in sampled}) > 1:  # the stages of one progressive distillation are one line
-        lines = [{**row, "model": re.sub(r"/stage-\d+$", "", row["model"])} for row in sampled]
+    if len({row["steps"] for row in sampled}) > 1:  # the stages of one distillation are one line
+        lines = [{**row, "model": re.sub("(^|/)stage-.*", "", row["model"]) or "stages"} for row in sampled]
         results.plot(lines, "steps", "model", output / "quality_steps.png")
     if len({row["model"] for row in sampled}) > 1:
         results.plot(sampled, "parameters", "steps", output / "quality_size.png")

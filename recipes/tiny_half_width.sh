@@ -17,7 +17,7 @@ for run in aligned random; do
     [ -d "$student" ] || python prepare_unet_small.py --width_ratio 0.5 --output_dir "$student" \
         $([ $run = aligned ] || echo --random_init 0)
     launch train_student_kd.py --student_model "$student" --run_name "$run" \
-        --learning_rate 2e-3 --lr_scheduler one_cycle --batch_size $((64 / processes)) --max_steps 600 \
+        --learning_rate 2e-3 --lr_scheduler one_cycle --batch_size $((64 / processes)) --max_steps 1000 \
         --caption_dropout_end 0.1 --kd_alpha_end 0.5 --checkpointing_steps 200 --checkpoints_total_limit 2 \
         --output_dir outputs/half_width --resume_from_checkpoint latest "$@"
 done

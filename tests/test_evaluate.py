@@ -243,6 +243,13 @@ def test_order_of_files_and_jobs(root):
     assert evaluate.jobs_of(2, 5) == [(0, 0), (1, 0)]
 
 
+def test_short_names():
+    names = evaluate.short_names
+    assert names(["assets/tiny-sd", "out/kd/final", "out/stage-8"]) == ["tiny-sd", "kd", "stage-8"]
+    assert names(["a/kd/final", "b/kd/final", "a/kd/final"]) == ["a/kd", "b/kd", "a/kd"]
+    assert names(["1/a/kd", "2/a/kd"]) == ["1/a/kd", "2/a/kd"]
+
+
 def test_reference_steps(root, pipelines):
     def planned(*flags):
         return [
