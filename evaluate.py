@@ -102,8 +102,8 @@ def parse_args(argv=None):
     add("--cache_dir", default="outputs/real_features", help="where features of real images are kept")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what each was trained for)")
-    add("--trained_steps", action="store_true", help="--steps is for models that were trained for no step count of "
-        "their own; the others, such as the stages of train_progressive.py, keep theirs")  # fmt: skip
+    add("--trained_steps", action="store_true", help="--steps is for models that take any count; those that sample "
+        "along the steps they were trained for, such as the stages of train_progressive.py, keep theirs")  # fmt: skip
     add("--num_images", type=arguments.positive_int, help="images per configuration (default: a folder's, else 200)")
     add("--batch_size", type=arguments.positive_int,
         help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)")  # fmt: skip
@@ -240,7 +240,8 @@ def plan_sampling(model, args):
     given = None if model.contract["guidance"] == "baked" else args.guidance_scale
     model.guidance_scale, why = guidance(model.contract, given, "--guidance_scale")
     trained = model.contract.get("steps")
-    asked = None if args.trained_steps and trained else args.steps
+    bound = trained and model.contract.get("target") == "next"  # one that re-noises (x0) takes other counts too
+    asked = None if args.trained_steps and bound else args.steps
     model.steps = list(dict.fromkeys(asked or [trained or 50]))
     print(f"{model.path}: guidance {why}.", flush=True)
     return model

@@ -471,7 +471,10 @@ def main(args):
             shutil.copytree(folder / f"stage-{args.end_steps}", final, dirs_exist_ok=True)
         if args.export:
             export_fp16(folder, args)
-        print(f"Done: {folder / 'final'}", flush=True)
+        stages = " ".join(str(folder / f"stage-{num_steps}") for num_steps in students)
+        counts = " ".join(map(str, [args.start_steps, *students]))
+        print(f"Done: {folder / 'final'}. Quality against steps: python evaluate.py --trained_steps --steps {counts} "
+              f"--models {args.pretrained_model_name_or_path} {stages}", flush=True)  # fmt: skip
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -28,7 +28,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 
 from common import arguments, compression
-from common.arguments import UsageError
+from common.arguments import UsageError, weight
 from common.checkpoint import (
     FinalFolder,
     StopSignal,
@@ -93,10 +93,6 @@ def parse_args(argv=None):
     add_evaluation_arguments(parser)
     arguments.add_runtime_arguments(parser)
     return parser.parse_args(argv)
-
-
-def weight(text):
-    return 0.0 if float(text) == 0 else arguments.positive_float(text)
 
 
 def share(text):

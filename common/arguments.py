@@ -62,6 +62,10 @@ def positive_float(text):
     return value
 
 
+def weight(text):
+    return 0.0 if float(text) == 0 else positive_float(text)
+
+
 def fraction(text):
     value = float(text)
     if not 0 <= value < 1:

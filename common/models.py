@@ -238,8 +238,13 @@ def predict(unet, z, timesteps, conditioning, timestep_cond=None):
 
 
 def predict_guided(unet, z, timesteps, conditioning, unconditional, guidance_scale):
-    """Classifier-free guidance, eps_u + w (eps_c - eps_u), in ONE batched forward. `unconditional` has one row."""
-    if guidance_scale == 1:
+    """Classifier-free guidance, eps_u + w (eps_c - eps_u), in ONE batched forward. `unconditional` has one row.
+
+    guidance_scale: one number, or a tensor (B,) with one for each sample.
+    """
+    if isinstance(guidance_scale, torch.Tensor):
+        guidance_scale = guidance_scale.view(-1, 1, 1, 1)
+    elif guidance_scale == 1:
         return predict(unet, z, timesteps, conditioning)
     both = unconditional.expand(len(z)).cat(conditioning)
     output = predict(unet, torch.cat([z, z]), torch.cat([timesteps, timesteps]), both)

@@ -250,18 +250,24 @@ def test_short_names():
     assert names(["1/a/kd", "2/a/kd"]) == ["1/a/kd", "2/a/kd"]
 
 
-def test_reference_steps(root, pipelines):
+def test_reference_and_trained_steps(root, pipelines, tmp_path):
     def planned(*flags):
         return [
             (model.path, model.steps) for model in evaluate.plan_models(evaluate.parse_args(list(map(str, flags))))
         ]
 
     sd, lora = pipelines("sd"), str(root / "final")
+    contract = read_json(root / "final/distillation.json")
     assert planned("--models", sd, lora) == [(sd, [50]), (lora, [2])]
     assert planned("--models", lora, "--reference", sd, "--reference_steps", 9, "--steps", 1, 4) == [
         (sd, [9]), (lora, [1, 4])]  # fmt: skip
     assert planned("--models", sd, lora, "--reference", lora) == [(lora, [2]), (sd, [50])]
-    assert planned("--models", sd, lora, "--steps", 8, 4, "--trained_steps") == [(sd, [8, 4]), (lora, [2])]
+    for target, steps in (("next", [2]), ("x0", [8, 4])):  # along its own steps, or any number of them
+        contract["target"] = target
+        shutil.copytree(lora, tmp_path / target)
+        (tmp_path / target / "distillation.json").write_text(json.dumps(contract))
+        path = str(tmp_path / target)
+        assert planned("--models", sd, path, "--steps", 8, 4, "--trained_steps") == [(sd, [8, 4]), (path, steps)]
     assert planned("--models", root / "five", sd) == [(str(root / "five"), []), (sd, [50])]
 
 

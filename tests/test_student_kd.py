@@ -1,14 +1,13 @@
 """train_student_kd.py: its loss and schedules, what one step computes, and what it refuses."""
 
 import json
-import shlex
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import ROOT, random_pipeline, read_json, run_in_process
+from conftest import random_pipeline, read_json, run_in_process
 from contract import assert_contract
 from diffusers import UNet2DConditionModel
 from launching import SHAPES, assert_every_flag_has_help, error_of, quick_student
@@ -294,15 +293,6 @@ def test_sharded_training_is_refused(pipelines, students, tmp_path, monkeypatch,
     monkeypatch.setattr(train_student_kd, "Accelerator", lambda **options: accelerator)
     with pytest.raises(UsageError, match="DDP only"):
         run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path))
-
-
-def test_recipes_parse():
-    for name in ("tiny_student_kd.sh", "sd15_student_kd.sh"):
-        recipe = (ROOT / "recipes" / name).read_text().replace("\\\n", " ")
-        for line in recipe.splitlines():
-            if " train_student_kd.py " in line:
-                words = shlex.split(line.split(" train_student_kd.py ")[1].replace("$((64 / processes))", "64"))
-                train_student_kd.parse_args([word for word in words if word != "$@"])
 
 
 def test_every_flag_has_help(monkeypatch):

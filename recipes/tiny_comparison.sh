@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Three ways to few steps on one teacher, with the same data and compute: recipes/tiny_flash_lora.sh, tiny_lcm.sh and
+# tiny_progressive.sh, 250,000 UNet passes each, where one latent through the UNet is a pass and its backward two more.
+# Judged together, beside the undistilled teacher at the same step counts. Run again to go on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash recipes/tiny_flash_lora.sh
+bash recipes/tiny_lcm.sh
+bash recipes/tiny_progressive.sh
+processes=1 config=accelerate_configs/single_gpu.yaml
+if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
+    config=accelerate_configs/cpu.yaml
+    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
+fi
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
+    --mixed_precision no evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \
+    --models assets/tiny-sd outputs/run/lora/final outputs/lcm/final outputs/progressive/stage-{16,8,4,2,1} \
+    --num_images "${CAPTIONS:-2000}" --output_dir outputs/comparison "$@"

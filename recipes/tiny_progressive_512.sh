@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The exercise of docs/progressive.md: a teacher of 1000 timesteps, 512 -> 256 -> ... -> 4 steps; then every stage beside
+# the undistilled teacher at the same steps, with the plot of quality against steps.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+processes=1 config=accelerate_configs/single_gpu.yaml
+if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
+    config=accelerate_configs/cpu.yaml
+    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+launch() {
+    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
+}
+launch train_progressive.py --start_steps 512 --end_steps 4 --steps_per_stage 100 --last_stages_steps 200 \
+    --learning_rate 5e-4 --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \
+    --output_dir outputs/progressive_512 --resume_from_checkpoint latest "$@"
+launch evaluate.py --trained_steps --steps 512 256 128 64 32 16 8 4 \
+    --models assets/tiny-sd outputs/progressive_512/stage-{256,128,64,32,16,8,4} \
+    --num_images "${CAPTIONS:-200}" --output_dir outputs/progressive_512/evaluation
