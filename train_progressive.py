@@ -86,11 +86,12 @@ def parse_args(argv=None):
     add("--lora_rank", type=arguments.positive_int, help="train a LoRA of this rank (default: the whole UNet)")
     add("--lora_alpha", type=arguments.positive_float, default=32, help="scale of the adapters is alpha / rank")
     add("--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="UNet layers to adapt")
-    arguments.add_optimization_arguments(parser, learning_rate=3e-4, train_batch_size=32, max_train_steps=None)
+    arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=None)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/progressive")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)
-    parser.set_defaults(lr_scheduler="linear", ema_decay=0.99)
+    # Every stage starts from what works: without a warm-up Adam's first steps, all of full length, would spoil it.
+    parser.set_defaults(lr_scheduler="linear", lr_warmup_steps=20, ema_decay=0.99)
     return parser.parse_args(argv)
 
 

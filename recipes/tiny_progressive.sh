@@ -10,6 +10,6 @@ if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; 
 fi
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
     --mixed_precision no train_progressive.py --start_steps 32 --end_steps 1 \
-    --steps_per_stage 220 --last_stages_steps 410 --learning_rate 5e-4 --batch_size $((32 / processes)) \
+    --steps_per_stage 220 --last_stages_steps 410 --learning_rate 2e-4 --batch_size $((32 / processes)) \
     --checkpointing_steps 110 --checkpoints_total_limit 2 --output_dir outputs/progressive \
     --resume_from_checkpoint latest "$@"
