@@ -212,8 +212,9 @@ def learning_rate_at(step, args):
 
 
 def resume_identity(args):
-    """The arguments that a continuation must share with its run."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in FREE_ON_RESUME}
+    """The arguments that a continuation must share with its run. tiny-sd is the same wherever the checkout lies."""
+    shared = {name: value for name, value in sorted(vars(args).items()) if name not in FREE_ON_RESUME}
+    return {name: "assets/tiny-sd" if value == str(TINY_SD) else value for name, value in shared.items()}
 
 
 def run_script(main, args):

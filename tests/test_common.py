@@ -188,6 +188,8 @@ def test_the_embedded_default_and_a_model_without_data(tmp_path):
     arguments.add_data_arguments(parser)
     args = parser.parse_args([])
     arguments.use_embedded_default(args)
+    # A checkout that was moved still resumes its runs.
+    assert arguments.resume_identity(args)["pretrained_model_name_or_path"] == "assets/tiny-sd"
     assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(models.TINY_SD)
     for foreign in ("a/b", "segmind/tiny-sd"):
         with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
