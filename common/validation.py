@@ -1,5 +1,6 @@
 """Validation: sample grids during training, and what an output carries: distillation.json and a model card."""
 
+import itertools
 import json
 import shlex
 import sys
@@ -66,6 +67,18 @@ def image_grid(rows, row_labels=None, column_labels=None, min_side=96):
 
 def _short(label, limit=60):
     return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
+def image_diversity(rows):
+    """How much the images of one prompt differ: the mean over pairs of their root mean square distance, in [0, 1].
+
+    rows: a list of lists of PIL images. A student that has collapsed comes to 0; None where there are no pairs.
+    """
+    distances = []
+    for row in rows:
+        pixels = [np.asarray(image, dtype=np.float32) / 255 for image in row]
+        distances += [np.sqrt(np.square(a - b).mean()) for a, b in itertools.combinations(pixels, 2)]
+    return float(np.mean(distances)) if distances else None
 
 
 def log_images(accelerator, folder, rows, prompts, step):

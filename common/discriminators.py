@@ -1,0 +1,157 @@
+"""Discriminators of train_add.py: frozen networks that give features, and the small trained heads that judge them.
+
+Features are lists of (B, C, H, W) in fp32, one for each depth. The networks are frozen, but gradients flow through
+them to what they look at: that is how the student learns.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+from transformers import AutoConfig, Dinov2Model
+
+from common.hooks import FeatureTap
+from common.models import ModelError, predict
+
+R1_SIGMA = 0.01  # of the noise that R1 by finite differences adds to the features
+
+
+class UNetFeatures:
+    """What the encoder half of a frozen UNet, down blocks and mid block, makes of noisy latents and captions."""
+
+    def __init__(self, unet):
+        self.unet = unet
+        self.names = [*(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), "mid_block"]
+        self.channels = [*unet.config.block_out_channels, unet.config.block_out_channels[-1]]
+
+    def __call__(self, z, timesteps, conditioning):
+        """Features of z (B, C, H, W) at timesteps, long (B,). The decoder half is not computed."""
+
+        def stop(module, inputs, output):
+            raise _Reached
+
+        with FeatureTap(self.unet, self.names) as tap:
+            handle = self.unet.mid_block.register_forward_hook(stop)
+            try:
+                predict(self.unet, z, timesteps, conditioning)
+            except _Reached:
+                pass
+            finally:
+                handle.remove()
+        return [tap.features[name].float() for name in self.names]
+
+
+class _Reached(Exception):
+    """The last features are there."""
+
+
+class Dinov2Features:
+    """What a frozen DINOv2 makes of images: the patch tokens at four depths, as maps, and the last CLS embedding.
+
+    Raises ModelError, in one sentence naming --feature_model_name_or_path, where there is no DINOv2 at the path.
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as in DINOv2's image processor
+    depths = 4
+
+    def __init__(self, path, resolution, device, dtype):
+        self.model = Dinov2Model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        self.model.to(device).eval().requires_grad_(False)
+        config = self.model.config
+        self.patch, self.resolution, self.width = config.patch_size, resolution, config.hidden_size
+        layers = config.num_hidden_layers
+        self.layers = sorted({max(round(layers * (i + 1) / self.depths), 1) for i in range(self.depths)})
+        self.channels = [config.hidden_size] * len(self.layers)
+
+    @staticmethod
+    def check(path, resolution):
+        """Read its config alone, before anything is loaded."""
+        where = f"--feature_model_name_or_path {path}"
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{where}: there is no model ({str(error).splitlines()[0]})") from None
+        if config.model_type != "dinov2":
+            raise ModelError(f"{where}: it is a {config.model_type}, not a dinov2.")
+        if resolution % config.patch_size:
+            raise ModelError(f"--feature_resolution {resolution} is not a multiple of {config.patch_size}, the "
+                             "patches of --feature_model_name_or_path.")  # fmt: skip
+
+    def __call__(self, pixels):
+        """(features, CLS embedding (B, D)) of pixels (B, 3, H, W) in [-1, 1], resized to the network's resolution."""
+        size, places = (self.resolution, self.resolution), self.resolution // self.patch
+        mean, std = (pixels.new_tensor(x).view(3, 1, 1) for x in (self.mean, self.std))
+        pixels = interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
+        output = self.model(((pixels + 1) / 2 - mean).div(std).to(self.model.dtype), output_hidden_states=True)
+        tokens = [output.hidden_states[layer][:, 1:].float() for layer in self.layers]
+        maps = [x.transpose(1, 2).unflatten(2, (places, places)) for x in tokens]
+        return maps, output.last_hidden_state[:, 0].float()
+
+
+class ProjectionHead(nn.Module):
+    """Scores (B, H W) of features (B, C, H, W) and a condition (B, D), at every place (Miyato, arXiv:1802.05637).
+
+    score = w.h + <P condition, h> / sqrt(width), with h of two small convolutions.
+    """
+
+    def __init__(self, channels, condition_dim, width=64):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(1, channels), nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2))  # fmt: skip
+        self.score = nn.Conv2d(width, 1, 1)
+        self.project = nn.Linear(condition_dim, width)
+
+    def forward(self, features, condition):
+        hidden = self.body(features)
+        match = (self.project(condition)[:, :, None, None] * hidden).sum(1, keepdim=True)
+        return (self.score(hidden) + match / math.sqrt(hidden.shape[1])).flatten(1)
+
+
+class Heads(nn.Module):
+    """A ProjectionHead for each depth; gives the list of their scores. In fp32 whatever autocast says."""
+
+    def __init__(self, channels, condition_dim):
+        super().__init__()
+        self.heads = nn.ModuleList(ProjectionHead(count, condition_dim) for count in channels)
+
+    def forward(self, features, condition):
+        with torch.autocast(condition.device.type, enabled=False):
+            return [head(x, condition) for head, x in zip(self.heads, features, strict=True)]
+
+
+def text_condition(conditioning):
+    """(B, D) of a caption: its pooled embedding where there is one (SDXL), else the mean of its tokens' embeddings."""
+    pooled = conditioning.pooled_prompt_embeds
+    return (conditioning.prompt_embeds.mean(dim=1) if pooled is None else pooled).float()
+
+
+def r1_penalty(scores, features):
+    """E|grad D(x)|^2 with respect to the features that the heads saw, summed over heads, by autograd. Scalar."""
+    gradients = torch.autograd.grad([x.sum() for x in scores], features, create_graph=True)
+    return torch.stack([gradient.square().flatten(1).sum(1) for gradient in gradients]).sum(0).mean()
+
+
+def r1_finite_difference(scores, perturbed_scores, sigma=R1_SIGMA):
+    """The same to first order, without a second backward: E[(D(x + sigma n) - D(x))^2] / sigma^2 with n ~ N(0, I)."""
+    return torch.stack([(b - a).sum(1).square() for a, b in zip(scores, perturbed_scores)]).sum(0).mean() / sigma**2
+
+
+def judge(heads, real, fake, condition, r1_form="none", noise=None):
+    """(scores of real, scores of fake, R1) in ONE forward of the heads, which is what DDP can follow.
+
+    real, fake: features, lists of (B, C, H, W) without gradient; condition (B, D); scores are lists of (B, places);
+    R1 by "autograd", by "finite_difference" with noise like real, or 0 by "none".
+    """
+    parts = [real, fake]
+    if r1_form == "finite_difference":
+        parts.append([x + R1_SIGMA * n for x, n in zip(real, noise)])
+    elif r1_form == "autograd":
+        parts[0] = [x.requires_grad_() for x in real]
+    scores = heads([torch.cat(depth) for depth in zip(*parts)], condition.repeat(len(parts), 1))
+    real_scores, fake_scores, *perturbed = zip(*(x.chunk(len(parts)) for x in scores))
+    if r1_form == "autograd":
+        return real_scores, fake_scores, r1_penalty(real_scores, parts[0])
+    r1 = r1_finite_difference(real_scores, perturbed[0]) if perturbed else condition.new_zeros(())
+    return real_scores, fake_scores, r1

@@ -1,0 +1,446 @@
+"""train_add.py: its losses and discriminators, what each update moves, guards, resume, output and mistakes."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from conftest import ROOT, launch, read_json, run_in_process
+from contract import assert_contract
+from launching import (
+    SHAPES,
+    assert_every_flag_has_help,
+    checkpoint_tensors,
+    error_of,
+    images_in_memory,
+    kill_9_while_saving,
+    quick,
+    stock_images,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
+
+import inference
+import train_add
+from common.arguments import UsageError
+from common.checkpoint import checkpoints_in
+from common.discriminators import (
+    R1_SIGMA,
+    Dinov2Features,
+    Heads,
+    UNetFeatures,
+    r1_finite_difference,
+    r1_penalty,
+    text_condition,
+)
+from common.hooks import FeatureTap
+from common.models import encode_prompts, load_pipeline, predict, same_weights
+from common.sampling import saved_scheduler
+from common.validation import image_diversity
+from train_add import adversarial_loss, discriminator_loss, distillation_loss, draw
+
+SCRIPT = ROOT / "train_add.py"
+PROMPTS = ["a small red circle on a white background", "a large blue ring on a gray background"]
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory):
+    """The folder of a small random DINOv2."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2")
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipelines, tmp_path_factory):
+    """Four steps in one go, two updates of the discriminator each, global batch 4, a checkpoint after every one."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    more = ["--discriminator_updates", 2, "--checkpointing_steps", 1]
+    run_in_process(train_add, *quick(pipelines, folder, *more, steps=4))
+    return folder
+
+
+def tensors_of(checkpoint):
+    """All tensors of a checkpoint: both networks, both optimizers, the average and the counters."""
+    tensors = checkpoint_tensors(checkpoint, "student")
+    tensors.update({f"heads.{k}": v for k, v in load_file(checkpoint / "discriminator.safetensors").items()})
+    tensors.update({f"skipped.{k}": v for k, v in load_file(checkpoint / "skipped_updates.safetensors").items()})
+    state = torch.load(checkpoint / "optimizer_1.bin", weights_only=True)["state"]
+    tensors.update({f"heads.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    return tensors
+
+
+def assert_same(a, b, **tolerance):
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        if tolerance:
+            torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+# The losses
+
+
+def test_hinge_signs():
+    """The discriminator wants real above 1 and fake below -1, and no more; the student wants fake up."""
+    high, low = [torch.full((2, 3), 2.0)], [torch.full((2, 3), -2.0)]
+    assert discriminator_loss(high, low) == 0 and discriminator_loss(low, high) == 6
+    assert discriminator_loss([torch.zeros(2, 3)], [torch.zeros(2, 3)]) == 2
+    assert adversarial_loss(high) == -2 and adversarial_loss(low) == 2
+    # Each head counts alike, however many places it judges.
+    assert adversarial_loss([torch.zeros(2, 64), torch.ones(2, 4)]) == -0.5
+
+
+def test_distillation_loss_is_weighted_and_leaves_the_teacher():
+    x, target = torch.zeros(2, 4, 8, 8, requires_grad=True), torch.ones(2, 4, 8, 8, requires_grad=True)
+    loss = distillation_loss(x, target * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.tensor([1.0, 0.5]))
+    assert loss == (1 + 0.5 * 9) / 2
+    loss.backward()
+    assert target.grad is None and (x.grad < 0).all()
+
+
+def test_r1_is_the_gradient_of_a_quadratic():
+    """D(x) = sum of a x^2 has the gradient 2 a x; finite differences come to it within their noise."""
+    x, a = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), 0.7
+    expected = (2 * a * x).square().flatten(1).sum(1).mean()
+    score = lambda x: [(a * x.square()).flatten(1)]  # noqa: E731
+    torch.testing.assert_close(r1_penalty(score(x), [x]), expected)
+    two = r1_penalty([*score(x), *score(x)], [x])  # both heads look at x here
+    torch.testing.assert_close(two, 4 * expected)
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.stack([
+        r1_finite_difference(score(x), score(x + R1_SIGMA * torch.randn(x.shape, generator=generator)))
+        for _ in range(2000)
+    ])  # fmt: skip
+    assert abs(draws.mean() / expected - 1) < 0.1
+    r1_penalty(score(x), [x]).backward()  # it can be trained on
+    torch.testing.assert_close(x.grad, 8 * a**2 * x.detach() / 2)
+
+
+def test_draws_follow_from_the_position_and_differ_per_sample():
+    args = SimpleNamespace(
+        seed=0, num_student_steps=4, distill_timesteps=(20, 979), discriminator_timesteps=(100, 500)
+    )
+    drawn = draw(args, 7, range(2000), torch.zeros(2000, 1, 2, 2))
+    slots, distill, judged, *noise = drawn
+    torch.testing.assert_close(slots.bincount(minlength=4) / 2000, torch.full((4,), 0.25), atol=0.04, rtol=0)
+    assert len(judged.unique()) > 300 and judged.min() >= 100 and judged.max() <= 500
+    assert distill.min() < 40 and distill.max() > 960
+    assert len(noise) == 4 and all(not torch.equal(a, b) for a, b in zip(noise, noise[1:]))
+    again = draw(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2))
+    for mine, all_of_them in zip(again, drawn):
+        assert torch.equal(mine, all_of_them[1000:1010])
+
+
+def test_image_diversity():
+    black, white = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), "white")
+    assert image_diversity([[black, black], [white, white]]) == 0
+    assert image_diversity([[black, white]]) == 1
+    assert image_diversity([[black], [white]]) is None
+
+
+# The discriminators
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_unet_features_are_those_of_a_whole_forward(pipelines, kind):
+    pipeline = load_pipeline(pipelines(kind))
+    conditioning = encode_prompts(pipeline, PROMPTS, 32)
+    z, t = torch.randn(2, 4, 8, 8, requires_grad=True), torch.tensor([999, 20])
+    looks = UNetFeatures(pipeline.unet)
+    features = looks(z, t, conditioning)
+    with FeatureTap(pipeline.unet, looks.names) as tap:
+        predict(pipeline.unet, z, t, conditioning)
+    for name, mine, channels in zip(looks.names, features, looks.channels, strict=True):
+        assert torch.equal(mine, tap.features[name]) and mine.shape[1] == channels
+    sum(x.sum() for x in features).backward()  # to what it looks at, and not to itself
+    assert z.grad.abs().sum() > 0 and all(p.grad is None for p in pipeline.unet.parameters())
+
+
+def test_dinov2_looks_as_its_processor_prepares(dinov2):
+    looks = Dinov2Features(dinov2, 28, "cpu", torch.float32)
+    pixels = (torch.rand(2, 3, 28, 28) * 2 - 1).requires_grad_()
+    features, cls = looks(pixels)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (looks.mean, looks.std))
+    with torch.no_grad():
+        whole = looks.model((pixels + 1) / 2 / std - mean / std, output_hidden_states=True)
+    assert [x.shape for x in features] == [(2, 16, 2, 2)] * 4 and cls.shape == (2, looks.width)
+    for layer, mine in zip((1, 2, 3, 4), features):
+        torch.testing.assert_close(mine.flatten(2).mT, whole.hidden_states[layer][:, 1:], atol=1e-5, rtol=1e-4)
+    sum(x.sum() for x in features).backward()
+    assert pixels.grad.abs().sum() > 0 and all(p.grad is None for p in looks.model.parameters())
+    assert looks(torch.zeros(1, 3, 50, 40))[0][0].shape == (1, 16, 2, 2)  # any size
+
+
+def test_conditioning_changes_the_scores(pipelines):
+    """Through the heads alone too: the same features, another caption."""
+    pipeline = load_pipeline(pipelines())
+    conditioning = encode_prompts(pipeline, PROMPTS, 32)
+    features = UNetFeatures(pipeline.unet)(torch.randn(2, 4, 8, 8), torch.tensor([100, 100]), conditioning)
+    condition = text_condition(conditioning)
+    heads = Heads([x.shape[1] for x in features], condition.shape[1])
+    for mine, others in zip(heads(features, condition), heads(features, condition.flip(0))):
+        assert mine.shape == others.shape and not torch.allclose(mine, others)
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind, flags", [
+    ("v", ["--lora_rank", 4, "--distill_target", "sample", "--num_ddim_steps", 2, "--cache_rollouts", 1]),
+    ("sdxl", ["--r1_form", "finite_difference", "--num_student_steps", 2]),
+    ("sd", ["--discriminator", "dinov2", "--feature_resolution", 28, "--lambda_distill", 0]),
+])  # fmt: skip
+def test_every_kind_trains_and_keeps_the_contract(pipelines, dinov2, tmp_path, kind, flags):
+    more = ["--feature_model_name_or_path", dinov2, "--gradient_checkpointing", "--export", "fp16"]
+    more += ["--validation_prompts", "a ring", "--validation_steps", 2, "--num_validation_images", 2]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *flags, *more, kind=kind))
+    final, lora = tmp_path / "final", "--lora_rank" in flags
+    contract, steps = read_json(final / "distillation.json"), 2 if "--num_student_steps" in flags else 4
+    assert contract["method"] == "add" and contract["parent"] == pipelines(kind)
+    assert (contract["guidance"], contract["target"], contract["steps"]) == ("baked", "x0", steps)
+    pipeline = load_pipeline(pipelines(kind) if lora else final)
+    if lora:
+        pipeline.load_lora_weights(final)
+        pipeline.scheduler = saved_scheduler(final)
+    saved = pipeline.scheduler
+    for count in (1, 2, 4):
+        assert_contract(pipeline, saved, contract, count)
+    assert (tmp_path / "samples" / "step-2.png").is_file() and (final / "README.md").is_file()
+    exported = load_pipeline(tmp_path / "final-fp16", dtype=torch.float16)
+    assert type(exported.scheduler) is type(saved)
+
+
+def test_what_each_update_moves(pipelines, tmp_path, monkeypatch):
+    """The student's backward gives the heads no gradient, the heads' changes none of the student's; the rest rests."""
+    made, seen = {}, []
+
+    def keep(name):
+        original = getattr(train_add, name)
+        monkeypatch.setattr(train_add, name, lambda *arguments: made.setdefault(name, original(*arguments)))
+
+    keep("UNetFeatures"), keep("Heads"), keep("EMA")
+    backward, clip = train_add.Accelerator.backward, train_add.clip_grad_norm_
+
+    def spy_backward(self, loss, **options):
+        backward(self, loss, **options)
+        seen.append(("backward", [p.grad for p in made["Heads"].parameters()]))
+        made["gradients"] = [p.grad.clone() for p in made["student"]]
+
+    def spy_clip(parameters, *arguments):
+        parameters = list(parameters)
+        if len(parameters) == len(list(made["Heads"].parameters())):
+            seen.append(("heads", [p.grad for p in made["student"]]))  # already stepped and cleared
+        else:
+            seen.append(("student", [torch.equal(p.grad, g) for p, g in zip(parameters, made["gradients"])]))
+        return clip(parameters, *arguments)
+
+    def spy_checkpoint(accelerator, trained, emas):
+        made["student"] = list(trained["student"].values())
+        return train_add_hooks(accelerator, trained, emas)
+
+    train_add_hooks = train_add.register_checkpoint_hooks
+    monkeypatch.setattr(train_add, "register_checkpoint_hooks", spy_checkpoint)
+    monkeypatch.setattr(train_add.Accelerator, "backward", spy_backward)
+    monkeypatch.setattr(train_add, "clip_grad_norm_", spy_clip)
+    more = ["--discriminator_start_step", 1, "--checkpointing_steps", 1]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, steps=2))
+    assert [what for what, _ in seen] == ["backward", "student", "backward", "student", "heads"]
+    for what, values in seen:
+        assert all(values) if what == "student" else all(value is None for value in values), what
+    for step, trained in ((1, False), (2, True)):
+        state = torch.load(tmp_path / f"checkpoint-{step}/optimizer_1.bin", weights_only=True)["state"]
+        assert bool(state) == trained  # the discriminator starts with the second step
+    assert same_weights(made["UNetFeatures"].unet, load_pipeline(pipelines()).unet)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(pipelines, tmp_path, monkeypatch, capsys):
+    """A batch of NaN: neither network, neither optimizer and not the average move, and training goes on."""
+    original, calls = train_add.encode_images, []
+
+    def broken(vae, pixels):
+        calls.append(None)
+        return original(vae, pixels) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(train_add, "encode_images", broken)
+    run_in_process(train_add, *quick(pipelines, tmp_path / "run", "--checkpointing_steps", 1, steps=3))
+    before, after, later = (tensors_of(tmp_path / f"run/checkpoint-{n}") for n in (1, 2, 3))
+    for key in before:
+        same = torch.equal(before[key], after[key])
+        assert same != key.startswith("skipped"), key
+    assert before["skipped.student"].tolist() == before["skipped.discriminator"].tolist() == [0, 0]
+    assert after["skipped.student"].tolist() == after["skipped.discriminator"].tolist() == [1, 1]
+    assert later["skipped.student"].tolist() == later["skipped.discriminator"].tolist() == [1, 0]
+    assert all(value.isfinite().all() for value in later.values())
+    # The average's warm-up counts its own updates, so a resumed run goes on as the whole one did.
+    monkeypatch.setattr(train_add, "encode_images", original)
+    shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    more = ["--resume_from_checkpoint", "latest"]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "resumed", *more, steps=3))
+    assert_same(tmp_path / "resumed/checkpoint-3", tmp_path / "run/checkpoint-3")
+
+
+def test_too_many_skipped_in_a_row_end_the_run(pipelines, tmp_path, monkeypatch, capsys):
+    original = train_add.encode_images
+    monkeypatch.setattr(train_add, "encode_images", lambda *arguments: original(*arguments) * float("nan"))
+    error = error_of(train_add, quick(pipelines, tmp_path, "--max_skipped_updates", 2, steps=5), capsys)
+    assert "error: 2 updates of the student in a row had no finite gradient, up to step 2" in error
+    assert not (tmp_path / "final").exists()
+
+
+def test_image_conditioning_is_left_out_at_pure_noise(pipelines, dinov2, tmp_path, monkeypatch):
+    conditions, times = [], []
+    original, original_predict = train_add.judge, train_add.predict
+
+    def spy(heads, real, fake, condition, *arguments):
+        conditions.append(condition)
+        return original(heads, real, fake, condition, *arguments)
+
+    def spy_predict(unet, z, timesteps, *arguments):
+        times.append(timesteps)
+        return original_predict(unet, z, timesteps, *arguments)
+
+    monkeypatch.setattr(train_add, "judge", spy)
+    monkeypatch.setattr(train_add, "predict", spy_predict)
+    more = ["--discriminator", "dinov2", "--feature_model_name_or_path", dinov2, "--feature_resolution", 28]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, "--train_batch_size", 8, steps=1))
+    image = conditions[0][:, -16:]
+    assert torch.equal((image == 0).all(dim=1), times[0] == 999) and (times[0] == 999).any() and (times[0] < 999).any()
+
+
+def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
+    more = ["--discriminator_updates", 2, "--gradient_accumulation_steps", 4, "--batch_size", 1]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more))
+    assert_same(tmp_path / "checkpoint-2", uninterrupted / "checkpoint-2", atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
+    """Discriminator, both optimizers and counters too. Two processes are one, up to the order of a sum."""
+    more = ["--discriminator_updates", 2, "--checkpointing_steps", 2, "--batch_size", 4 // processes]
+    arguments = quick(pipelines, tmp_path / "run", *more, steps=4)
+    kill_9_while_saving(tmp_path, ".checkpoint-4.tmp", SCRIPT, *arguments, processes=processes)
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2]
+    resume = [*arguments, "--resume_from_checkpoint", "latest"]
+    whole = uninterrupted
+    if processes == 1:
+        run_in_process(train_add, *resume)
+    else:
+        launch(SCRIPT, *resume, processes=2)
+        whole = tmp_path / "whole"
+        launch(SCRIPT, *quick(pipelines, whole, *more, steps=4), processes=2)
+        assert_same(whole / "checkpoint-4", uninterrupted / "checkpoint-4", atol=2e-5, rtol=1e-3)
+    assert_same(tmp_path / "run/checkpoint-4", whole / "checkpoint-4")
+
+
+def test_a_student_model_is_the_start(pipelines, uninterrupted, tmp_path):
+    """A step of no length leaves what it started as."""
+    start = uninterrupted / "final"
+    more = ["--student_model", start, "--learning_rate", 1e-30]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, steps=1))
+    assert same_weights(load_pipeline(tmp_path / "final").unet, load_pipeline(start).unet)
+    assert not same_weights(load_pipeline(start).unet, load_pipeline(pipelines()).unet)
+
+
+def test_bf16_trains_fp32_weights(pipelines, tmp_path):
+    run_in_process(train_add, *quick(pipelines, tmp_path, "--mixed_precision", "bf16"))
+    for key, value in tensors_of(tmp_path / "checkpoint-2").items():
+        assert value.isfinite().all() and (value.dtype == torch.float32 or key.startswith("skipped")), key
+    mine, stored = load_pipeline(tmp_path / "final"), load_pipeline(pipelines())
+    assert torch.equal(mine.vae.encoder.conv_in.weight, stored.vae.encoder.conv_in.weight)
+
+
+# The output
+
+
+def test_stock_diffusers_loads_it(uninterrupted, tmp_path):
+    pipeline = load_pipeline(uninterrupted / "final")
+    average = load_file(uninterrupted / "checkpoint-4/student_ema.safetensors")
+    assert all(torch.equal(p, average[name]) for name, p in pipeline.unet.named_parameters())
+    stock = stock_images(uninterrupted / "final", 2, tmp_path)
+    torch.testing.assert_close(stock, images_in_memory(pipeline, 2), atol=1e-6, rtol=0)
+
+
+def test_image_to_image_in_two_steps(uninterrupted, tmp_path):
+    """As SD-Turbo does: two steps at strength 0.5 are one pass."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    run_in_process(
+        inference, "--pretrained_model_name_or_path", uninterrupted / "final", "--init_image", tmp_path / "red.png",
+        "--strength", 0.5, "--steps", 2, "--prompt", "a ring", "--outdir", tmp_path / "out", "--clip_model", "none",
+        "--device", "cpu")  # fmt: skip
+    assert list((tmp_path / "out").rglob("*.png"))
+
+
+# Mistakes
+
+MISTAKES = [
+    (["--pretrained_model_name_or_path", "no/such/folder"], "--pretrained_model_name_or_path no/such/folder"),
+    (["--student_model", "no/such/folder"], "--student_model no/such/folder"),
+    (["--student_model", "x", "--lora_rank", "4"], "--student_model"),
+    (["--num_student_steps", "2000"], "--num_student_steps 2000"),
+    (["--distill_timesteps", "500", "20"], "--distill_timesteps 500 20"),
+    (["--discriminator_timesteps", "0", "1000"], "--discriminator_timesteps 0 1000"),
+    (["--cache_rollouts", "4"], "--cache_rollouts"),
+    (["--lambda_distill", "0", "--discriminator_start_step", "5"], "--lambda_distill 0"),
+    (["--discriminator", "dinov2", "--feature_model_name_or_path", "./no/dino"], "--feature_model_name_or_path"),
+    (["--discriminator", "dinov2", "--feature_resolution", "30"], "--feature_resolution 30"),
+    (["--guidance_scale", "-1"], "--guidance_scale -1"),
+    (["--lora_alpha", "4"], "--lora_alpha"),
+    (["--lora_rank", "4", "--lora_targets", "no_such_layer"], "--lora_targets no_such_layer"),
+    (["--report_to", "no_such_tracker"], "--report_to"),
+    (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
+    (["--data_dir", "nowhere"], "nowhere"),
+    (["--resolution", "30"], "--resolution"),
+]
+
+
+@pytest.mark.parametrize("wrong, said", MISTAKES, ids=[" ".join(wrong) for wrong, _ in MISTAKES])
+def test_mistakes_are_one_sentence(pipelines, dinov2, tmp_path, capsys, wrong, said):
+    data = [] if "--data_dir" in wrong else SHAPES
+    wrong = ["--feature_model_name_or_path", dinov2, *wrong]
+    error = error_of(train_add, quick(pipelines, tmp_path, *wrong, data=data), capsys)
+    assert said in error and error.count("error: ") == 1 and "Traceback" not in error
+    assert error.startswith("error: ") or "--lora_targets" in wrong  # that one needs the UNet: a bar stands before it
+
+
+@pytest.mark.parametrize("contract, flags, said", [
+    ({"guidance": "embedded"}, [], "takes its guidance scale as an input"),
+    ({"guidance": "baked", "timesteps": [999, 499]}, [], "for 2 steps"),
+    ({"guidance": "baked"}, ["--guidance_scale", 3], "--guidance_scale 3"),
+])  # fmt: skip
+def test_teachers_that_do_not_fit_are_refused(pipelines, tmp_path, capsys, contract, flags, said):
+    teacher = shutil.copytree(pipelines(), tmp_path / "teacher")
+    train_add.write_distillation(teacher, guidance_scale=1.0, **contract)
+    error = error_of(train_add, quick(lambda kind: teacher, tmp_path / "out", *flags), capsys)
+    assert said in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_training_is_refused(pipelines, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(train_add, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
+    with pytest.raises(UsageError, match="hold one trained model"):
+        run_in_process(train_add, *quick(pipelines, tmp_path))
+
+
+def test_every_flag_has_help(monkeypatch):
+    assert_every_flag_has_help(train_add, monkeypatch)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", 4]], ids=["full", "lora"])
+def test_fp16_trains_and_resumes(pipelines, tmp_path, gpu, flags):
+    fp16 = [*flags, "--mixed_precision", "fp16"]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *fp16))
+    run_in_process(train_add, *quick(pipelines, tmp_path, *fp16, "--resume_from_checkpoint", "latest", steps=4))
+    for step in (2, 4):
+        tensors = load_file(tmp_path / f"checkpoint-{step}/student.safetensors")
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values())
