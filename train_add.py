@@ -83,6 +83,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("student").add_argument
     add("--num_student_steps", type=arguments.positive_int, default=4,
         help="timesteps that the student jumps from; it samples in so many steps, or fewer")  # fmt: skip
+    add("--timestep_probs", type=arguments.positive_float, nargs="+",
+        help="how often each of these timesteps is drawn, noisiest first, such as 0.4 0.2 0.2 0.2: one step is the "
+             "hardest to learn (default: all alike)")  # fmt: skip
     add("--student_model", help="pipeline whose UNet the student starts as, such as a stage of train_progressive.py "
         "(default: the teacher)")  # fmt: skip
     add("--lora_rank", type=arguments.positive_int, help="train adapters of this rank (default: the whole UNet)")
@@ -120,6 +123,8 @@ def parse_args(argv=None):
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/add")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)
+    # The student starts from what works: without a warm-up Adam's first steps, all of full length, would spoil it.
+    parser.set_defaults(lr_warmup_steps=20)
     return parser.parse_args(argv)
 
 
@@ -143,6 +148,9 @@ def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in the defaults that belong to other flags."""
     if args.num_student_steps > 1000:
         raise UsageError(f"--num_student_steps {args.num_student_steps} is more than the model's 1000 timesteps.")
+    if args.timestep_probs is not None and len(args.timestep_probs) != args.num_student_steps:
+        raise UsageError(f"--timestep_probs has {len(args.timestep_probs)} numbers; the student has "
+                         f"--num_student_steps {args.num_student_steps}.")  # fmt: skip
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
     for name in ("distill_timesteps", "discriminator_timesteps"):
@@ -192,9 +200,10 @@ def draw(args, step, positions, latents):
     for the teacher and for the discriminator the timesteps (B,); noise like latents for the student's input, the
     teacher, the discriminator's fakes and its real latents. All are drawn whatever the options."""
     slots, distill, judged, noise = [], [], [], []
+    probs = torch.tensor(args.timestep_probs or [1.0] * args.num_student_steps)
     for position in positions:
         generator = sample_generator(args.seed, step, position)
-        slots.append(torch.randint(args.num_student_steps, (), generator=generator))
+        slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         for drawn, (low, high) in ((distill, args.distill_timesteps), (judged, args.discriminator_timesteps)):
             drawn.append(torch.randint(low, high + 1, (), generator=generator))
         noise.append(torch.randn((4, *latents.shape[1:]), generator=generator))

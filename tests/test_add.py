@@ -123,13 +123,17 @@ def test_r1_is_the_gradient_of_a_quadratic():
     torch.testing.assert_close(x.grad, 8 * a**2 * x.detach() / 2)
 
 
-def test_draws_follow_from_the_position_and_differ_per_sample():
+@pytest.mark.parametrize(
+    "probs, shares", [(None, (0.25, 0.25, 0.25, 0.25)), ([4.0, 2.0, 1.0, 1.0], (0.5, 0.25, 0.125, 0.125))]
+)
+def test_draws_follow_from_the_position_and_differ_per_sample(probs, shares):
     args = SimpleNamespace(
-        seed=0, num_student_steps=4, distill_timesteps=(20, 979), discriminator_timesteps=(100, 500)
-    )
+        seed=0, num_student_steps=4, timestep_probs=probs, distill_timesteps=(20, 979),
+        discriminator_timesteps=(100, 500),
+    )  # fmt: skip
     drawn = draw(args, 7, range(2000), torch.zeros(2000, 1, 2, 2))
     slots, distill, judged, *noise = drawn
-    torch.testing.assert_close(slots.bincount(minlength=4) / 2000, torch.full((4,), 0.25), atol=0.04, rtol=0)
+    torch.testing.assert_close(slots.bincount(minlength=4) / 2000, torch.tensor(shares), atol=0.04, rtol=0)
     assert len(judged.unique()) > 300 and judged.min() >= 100 and judged.max() <= 500
     assert distill.min() < 40 and distill.max() > 960
     assert len(noise) == 4 and all(not torch.equal(a, b) for a, b in zip(noise, noise[1:]))
@@ -390,6 +394,7 @@ MISTAKES = [
     (["--lambda_distill", "0", "--discriminator_start_step", "5"], "--lambda_distill 0"),
     (["--discriminator", "dinov2", "--feature_model_name_or_path", "./no/dino"], "--feature_model_name_or_path"),
     (["--discriminator", "dinov2", "--feature_resolution", "30"], "--feature_resolution 30"),
+    (["--timestep_probs", "0.5", "0.5"], "--timestep_probs has 2 numbers"),
     (["--guidance_scale", "-1"], "--guidance_scale -1"),
     (["--lora_alpha", "4"], "--lora_alpha"),
     (["--lora_rank", "4", "--lora_targets", "no_such_layer"], "--lora_targets no_such_layer"),
