@@ -206,6 +206,10 @@ def plot(rows, x, series, path):
             for row in chosen if series != "model" else []:
                 axis.annotate(row["model"], (row[x], row[name]), fontsize=7)
         axis.set(xlabel=x, ylabel=QUALITY[name])
+        if x == "steps":  # 512, 256, ... 1
+            counts = sorted({row[x] for row in rows})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(counts, counts)
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
