@@ -114,6 +114,8 @@ def parse_args(argv=None):
     add("--discriminator_updates", type=arguments.positive_int, default=1,
         help="its updates for each of the student's, each with a batch of its own")  # fmt: skip
     add("--discriminator_learning_rate", type=arguments.positive_float, default=1e-3, help="its peak learning rate")
+    add("--mismatched_captions", action="store_true",
+        help="real images with a neighbour's caption are half of what the discriminator learns to reject")  # fmt: skip
     add("--r1_gamma", type=arguments.weight, default=1e-5, help="weight of R1")
     add("--r1_form", choices=("autograd", "finite_difference", "none"), default="autograd",
         help="R1 by a second backward, or by the scores of perturbed features")  # fmt: skip
@@ -128,9 +130,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def discriminator_loss(real_scores, fake_scores):
-    """Hinge: E[max(0, 1 - D(x))] + E[max(0, 1 + D(x^))]. Scores are lists of (B, places), one a head. Scalar."""
+def discriminator_loss(real_scores, fake_scores, mismatched_scores=None, differ=None):
+    """Hinge: E[max(0, 1 - D(x, c))] + E[max(0, 1 + D(x^, c))]. Scores are lists of (B, places), one a head. Scalar.
+
+    With mismatched_scores, of real images under other captions, the second term is half of that and half of
+    E[max(0, 1 + D(x, c'))], in which the samples count whose captions differ (B,) (GAN-CLS, arXiv:1605.05396).
+    """
     losses = [(1 - real).relu().mean() + (1 + fake).relu().mean() for real, fake in zip(real_scores, fake_scores)]
+    if mismatched_scores is not None:
+        for head, (fake, other) in enumerate(zip(fake_scores, mismatched_scores)):
+            rejected = ((1 + other).relu() * differ[:, None]).mean()
+            losses[head] = losses[head] + (rejected - (1 + fake).relu().mean()) / 2
     return torch.stack(losses).mean()
 
 
@@ -159,6 +169,9 @@ def check_arguments(args):
             raise UsageError(f"--{name} {low} {high} is no range of the model's timesteps, 0 to 999.")
     if args.lambda_distill == 0 and args.discriminator_start_step > 0:
         raise UsageError("--lambda_distill 0: until --discriminator_start_step there would be nothing to learn.")
+    if args.mismatched_captions and args.train_batch_size % 2:
+        raise UsageError(f"--mismatched_captions swaps the captions of neighbours: --train_batch_size "
+                         f"{args.train_batch_size} is odd.")  # fmt: skip
     if args.cache_rollouts and args.distill_target != "sample":
         raise UsageError("--cache_rollouts keeps the teacher's samples: add --distill_target sample or leave it out.")
     if args.student_model and args.lora_rank:
@@ -447,7 +460,8 @@ def main(args):
         for group in head_optimizer.param_groups:
             group["lr"] = learning_rate / args.learning_rate * args.discriminator_learning_rate
         adversarial = step >= args.discriminator_start_step
-        terms = dict.fromkeys(("distillation", "adversarial", "discriminator", "r1", "d_real", "d_fake"), 0.0)
+        names = ["distillation", "adversarial", "discriminator", "r1", "d_real", "d_fake"]
+        terms = dict.fromkeys(names + ["d_mismatched"] * args.mismatched_captions, 0.0)
         for update_number, micro_batch in itertools.product(
             range(1, updates + 1), range(args.gradient_accumulation_steps)
         ):
@@ -479,11 +493,28 @@ def main(args):
                 if adversarial:
                     with torch.no_grad():
                         real_features, image_embedding = look(latents, real_noise)  # decoded as the fakes are
-                    condition = text_condition(conditioning)
-                    if image_embedding is not None:  # pure noise says nothing of the image
-                        condition = torch.cat([condition, image_embedding * ~pure[:, None]], dim=1)
+
+                    def condition_of(conditioning, pure=pure, image_embedding=image_embedding):
+                        text = text_condition(conditioning)
+                        if image_embedding is None:
+                            return text
+                        # pure noise says nothing of the image
+                        return torch.cat([text, image_embedding * ~pure[:, None]], dim=1)
+
+                    condition = condition_of(conditioning)
                     with torch.set_grad_enabled(trains_student):
                         fake_features, _ = look(x_student, fake_noise)
+                    mismatched = other_condition = differ = None
+                    if args.mismatched_captions:  # positions 2 i and 2 i + 1 share a micro-batch however it is split
+                        neighbours = torch.arange(len(latents), device=accelerator.device) ^ 1
+                        other = conditioning.rows(neighbours)
+                        with torch.no_grad():  # the UNet reads captions itself
+                            mismatched = real_features if args.discriminator == "dinov2" else (
+                                look(latents, real_noise, other)[0])  # fmt: skip
+                        other_condition = condition_of(other)
+                        captions = batch["captions"]
+                        differ = torch.tensor([captions[i] != captions[i ^ 1] for i in range(len(captions))])
+                        differ = differ.to(accelerator.device)
 
                 if trains_student:
                     loss = torch.zeros((), device=accelerator.device)
@@ -523,14 +554,16 @@ def main(args):
                     noise = None
                     if args.r1_form == "finite_difference":
                         noise = perturbation(args, batch["step"], batch["positions"], real_features)
-                    real_scores, fake_scores, r1 = judge(
-                        heads, real_features, fake_features, condition, args.r1_form, noise
-                    )
-                    hinge = discriminator_loss(real_scores, fake_scores)
+                    real_scores, fake_scores, mismatched_scores, r1 = judge(
+                        heads, real_features, fake_features, condition, args.r1_form, noise, mismatched,
+                        other_condition)  # fmt: skip
+                    hinge = discriminator_loss(real_scores, fake_scores, mismatched_scores, differ)
                     # The heads are fp32, so that fp16's loss scaling, which accelerator.backward does, is not theirs.
                     ((hinge + args.r1_gamma / 2 * r1) / args.gradient_accumulation_steps).backward()
                     shown = {"discriminator": hinge, "r1": r1, "d_real": -adversarial_loss(real_scores),
                              "d_fake": -adversarial_loss(fake_scores)}  # fmt: skip
+                    if mismatched_scores is not None:
+                        shown["d_mismatched"] = -adversarial_loss(mismatched_scores)
                     for name, value in shown.items():
                         terms[name] += value.detach() / (args.gradient_accumulation_steps * updates)
                 if accelerator.sync_gradients:

@@ -138,20 +138,28 @@ def r1_finite_difference(scores, perturbed_scores, sigma=R1_SIGMA):
     return torch.stack([(b - a).sum(1).square() for a, b in zip(scores, perturbed_scores)]).sum(0).mean() / sigma**2
 
 
-def judge(heads, real, fake, condition, r1_form="none", noise=None):
-    """(scores of real, scores of fake, R1) in ONE forward of the heads, which is what DDP can follow.
+def judge(heads, real, fake, condition, r1_form="none", noise=None, mismatched=None, other_condition=None):
+    """(scores of real, of fake, of mismatched or None, R1) in ONE forward of the heads, which is what DDP can follow.
 
-    real, fake: features, lists of (B, C, H, W) without gradient; condition (B, D); scores are lists of (B, places);
-    R1 by "autograd", by "finite_difference" with noise like real, or 0 by "none".
+    real, fake, mismatched: features, lists of (B, C, H, W) without gradient; condition of the first two and
+    other_condition of the last (B, D); scores are lists of (B, places); R1 by "autograd", by "finite_difference" with
+    noise like real, or 0 by "none".
     """
-    parts = [real, fake]
+    parts, conditions = [real, fake], [condition, condition]
+    if mismatched is not None:
+        parts.append(mismatched)
+        conditions.append(other_condition)
     if r1_form == "finite_difference":
         parts.append([x + R1_SIGMA * n for x, n in zip(real, noise)])
+        conditions.append(condition)
     elif r1_form == "autograd":
-        parts[0] = [x.requires_grad_() for x in real]
-    scores = heads([torch.cat(depth) for depth in zip(*parts)], condition.repeat(len(parts), 1))
-    real_scores, fake_scores, *perturbed = zip(*(x.chunk(len(parts)) for x in scores))
+        parts[0] = [x.detach().requires_grad_() for x in real]
+    scores = heads([torch.cat(depth) for depth in zip(*parts)], torch.cat(conditions))
+    real_scores, fake_scores, *more = zip(*(x.chunk(len(parts)) for x in scores))
+    mismatched_scores = None if mismatched is None else more.pop(0)
+    r1 = condition.new_zeros(())
     if r1_form == "autograd":
-        return real_scores, fake_scores, r1_penalty(real_scores, parts[0])
-    r1 = r1_finite_difference(real_scores, perturbed[0]) if perturbed else condition.new_zeros(())
-    return real_scores, fake_scores, r1
+        r1 = r1_penalty(real_scores, parts[0])
+    elif r1_form == "finite_difference":
+        r1 = r1_finite_difference(real_scores, more[0])
+    return real_scores, fake_scores, mismatched_scores, r1

@@ -51,6 +51,10 @@ class Conditioning:
             None if a is None else torch.where(mask.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs
         ))  # fmt: skip
 
+    def rows(self, order):
+        """These rows: order is long (B,)."""
+        return Conditioning(*(None if x is None else x[order] for x in self._tensors()))
+
     def cat(self, other):
         pairs = zip(self._tensors(), other._tensors())
         return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in pairs))

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Three ways to few steps on one teacher, with the same data and compute: recipes/tiny_flash_lora.sh, tiny_lcm.sh and
-# tiny_progressive.sh, 250,000 UNet passes each, where one latent through the UNet is a pass and its backward two more.
-# Judged together, beside the undistilled teacher at the same step counts. Run again to go on where it stopped.
+# Three ways to few steps on one teacher, with the same data and compute: recipes/tiny_flash_lora.sh, tiny_lcm.sh and a
+# short progressive distillation, 250,000 UNet passes each, where one latent through the UNet is a pass and its backward
+# two more. Judged together, beside the undistilled teacher at the same step counts and tiny_progressive.sh, which takes
+# twice the compute. Run again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash recipes/tiny_flash_lora.sh
 bash recipes/tiny_lcm.sh
 bash recipes/tiny_progressive.sh
+bash recipes/tiny_progressive.sh --steps_per_stage 100 --last_stages_steps 600 --output_dir outputs/progressive_short
 processes=1 config=accelerate_configs/single_gpu.yaml
 if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
     config=accelerate_configs/cpu.yaml
@@ -14,5 +16,6 @@ if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; 
 fi
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
     --mixed_precision no evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \
-    --models assets/tiny-sd outputs/run/lora/final outputs/lcm/final outputs/progressive/stage-{16,8,4,2,1} \
+    --models assets/tiny-sd outputs/run/lora/final outputs/lcm/final outputs/progressive/stage-{8,4,2,1} \
+    outputs/progressive_short/stage-{8,4,2,1} \
     --num_images "${CAPTIONS:-2000}" --output_dir outputs/comparison "$@"

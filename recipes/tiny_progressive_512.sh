@@ -13,8 +13,9 @@ launch() {
     accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
 }
 launch train_progressive.py --start_steps 512 --end_steps 4 --steps_per_stage 100 --last_stages_steps 200 \
-    --learning_rate 2e-4 --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \
+    --lora_rank 32 --lora_alpha 32 --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
+    --learning_rate 2e-3 --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \
     --output_dir outputs/progressive_512 --resume_from_checkpoint latest "$@"
-launch evaluate.py --trained_steps --steps 512 256 128 64 32 16 8 4 \
+launch evaluate.py --trained_steps --fuse_lora --steps 512 256 128 64 32 16 8 4 \
     --models assets/tiny-sd outputs/progressive_512/stage-{256,128,64,32,16,8,4} \
-    --num_images "${CAPTIONS:-200}" --output_dir outputs/progressive_512/evaluation
+    --num_images "${CAPTIONS:-128}" --output_dir outputs/progressive_512/evaluation

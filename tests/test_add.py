@@ -92,6 +92,10 @@ def test_hinge_signs():
     high, low = [torch.full((2, 3), 2.0)], [torch.full((2, 3), -2.0)]
     assert discriminator_loss(high, low) == 0 and discriminator_loss(low, high) == 6
     assert discriminator_loss([torch.zeros(2, 3)], [torch.zeros(2, 3)]) == 2
+    # Real images under other captions are half of what is rejected, where the captions do differ.
+    differ = torch.tensor([True, False])
+    assert discriminator_loss(high, low, low, differ) == 0 and discriminator_loss(high, high, low, differ) == 1.5
+    assert discriminator_loss(high, low, high, differ) == 0.75 and discriminator_loss(high, low, high, ~differ) == 0.75
     assert adversarial_loss(high) == -2 and adversarial_loss(low) == 2
     # Each head counts alike, however many places it judges.
     assert adversarial_loss([torch.zeros(2, 64), torch.ones(2, 4)]) == -0.5
@@ -324,6 +328,19 @@ def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
     assert_same(tmp_path / "checkpoint-2", uninterrupted / "checkpoint-2", atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("discriminator", ["unet", "dinov2"])
+def test_mismatched_captions_are_the_same_however_the_batch_is_split(pipelines, dinov2, tmp_path, discriminator):
+    more = ["--mismatched_captions", "--discriminator", discriminator, "--feature_model_name_or_path", dinov2,
+            "--feature_resolution", 28]  # fmt: skip
+    run_in_process(train_add, *quick(pipelines, tmp_path / "whole", *more))
+    split = ["--gradient_accumulation_steps", 2, "--batch_size", 2]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "split", *more, *split))
+    assert_same(tmp_path / "whole/checkpoint-2", tmp_path / "split/checkpoint-2", atol=2e-5, rtol=1e-3)
+    run_in_process(train_add, *quick(pipelines, tmp_path / "without", *more[1:]))
+    heads = [load_file(tmp_path / run / "checkpoint-2/discriminator.safetensors") for run in ("whole", "without")]
+    assert not torch.equal(*(torch.cat([x.flatten() for x in tensors.values()]) for tensors in heads))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
     """Discriminator, both optimizers and counters too. Two processes are one, up to the order of a sum."""
@@ -391,6 +408,7 @@ MISTAKES = [
     (["--distill_timesteps", "500", "20"], "--distill_timesteps 500 20"),
     (["--discriminator_timesteps", "0", "1000"], "--discriminator_timesteps 0 1000"),
     (["--cache_rollouts", "4"], "--cache_rollouts"),
+    (["--mismatched_captions", "--train_batch_size", "3"], "--mismatched_captions"),
     (["--lambda_distill", "0", "--discriminator_start_step", "5"], "--lambda_distill 0"),
     (["--discriminator", "dinov2", "--feature_model_name_or_path", "./no/dino"], "--feature_model_name_or_path"),
     (["--discriminator", "dinov2", "--feature_resolution", "30"], "--feature_resolution 30"),
