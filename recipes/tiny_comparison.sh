@@ -8,14 +8,19 @@ cd "$(dirname "$0")/.."
 bash recipes/tiny_flash_lora.sh
 bash recipes/tiny_lcm.sh
 bash recipes/tiny_progressive.sh
-bash recipes/tiny_progressive.sh --steps_per_stage 100 --last_stages_steps 600 --output_dir outputs/progressive_short
 processes=1 config=accelerate_configs/single_gpu.yaml
 if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
     config=accelerate_configs/cpu.yaml
     [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
 fi
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
-    --mixed_precision no evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+launch() {
+    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
+}
+launch train_progressive.py --start_steps 32 --end_steps 1 --steps_per_stage 220 --last_stages_steps 410 \
+    --learning_rate 2e-4 --batch_size $((32 / processes)) --checkpointing_steps 110 --checkpoints_total_limit 2 \
+    --output_dir outputs/progressive_short --resume_from_checkpoint latest
+launch evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \
     --models assets/tiny-sd outputs/run/lora/final outputs/lcm/final outputs/progressive/stage-{8,4,2,1} \
     outputs/progressive_short/stage-{8,4,2,1} \
     --num_images "${CAPTIONS:-2000}" --output_dir outputs/comparison "$@"
