@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from tqdm.auto import tqdm
@@ -233,6 +234,21 @@ def lora_config(args):
     return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets)
 
 
+def merged_teacher(args, lora, dtype, device):
+    """The frozen UNet of a later stage's teacher: the first teacher's with the LoRA, a dict of tensors as the student
+    names them, merged into its weights in fp32, so that it costs no more than the first."""
+    unet = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, variant=args.variant,
+        torch_dtype=torch.float32, use_safetensors=True)  # fmt: skip
+    unet.add_adapter(lora_config(args))
+    copy_tensors(lora, {name: p for name, p in unet.named_parameters() if name in lora})
+    unet.fuse_lora()
+    unet.unload_lora()
+    if args.torch_compile:
+        unet.compile()
+    return unet.requires_grad_(False).eval().to(device, dtype)
+
+
 def export_fp16(folder, args):
     """final-fp16/: final/ as a whole pipeline in half precision, a LoRA fused in; reloaded and compared."""
     final = Path(folder) / "final"
@@ -312,8 +328,8 @@ def main(args):
     schedule = NoiseSchedule(pipeline.scheduler, accelerator.device)
     unet = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant).unet
 
-    # 2 trainable models, in fp32. Teacher and student are alike, so that a stage's result becomes the next teacher
-    # parameter by parameter; a new LoRA changes nothing, so at first the teacher's is the teacher alone.
+    # 2 trainable models, in fp32. A stage's result becomes the next teacher parameter by parameter, or, a LoRA, merged
+    # into the first teacher; checkpoints then hold the LoRA alone.
     if args.lora_rank:
         names = [name for name, _ in unet.named_modules()]
         for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
@@ -323,8 +339,6 @@ def main(args):
             unet.add_adapter(lora_config(args))
         except ValueError as error:
             raise UsageError(f"--lora_targets: {str(error).splitlines()[0]}") from None
-        teacher.add_adapter(lora_config(args))
-        teacher.requires_grad_(False)
     else:
         unet.requires_grad_(True)
     pipeline.unet = unet
@@ -337,9 +351,10 @@ def main(args):
         unet.compile()  # in place: parameter names stay those of the plain module
         teacher.compile()
     parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    teacher_parameters = {name: p for name, p in teacher.named_parameters() if name in parameters}
     if args.lora_rank:
-        copy_tensors(parameters, teacher_parameters)
+        teacher_parameters = {name: p.detach().clone() for name, p in parameters.items()}
+    else:
+        teacher_parameters = dict(teacher.named_parameters())
     ema = EMA(parameters, args.ema_decay)
 
     # 3 optimizer
@@ -357,6 +372,8 @@ def main(args):
     if checkpoint:
         load_checkpoint(accelerator, checkpoint)
         ema.updates = inside
+        if args.lora_rank and stage > 0:
+            teacher = merged_teacher(args, teacher_parameters, dtype, accelerator.device)
 
     # 5 data, from the step on that comes next; never prepared, its order depends on the global batch alone
     dataloader = iter(build_dataloader(dataset, args, accelerator, step))
@@ -382,12 +399,16 @@ def main(args):
 
     def finish_stage():
         """Save the stage's student, and make it the next stage's teacher and start."""
+        nonlocal teacher
         if accelerator.is_main_process:
             scheduler = ddim_scheduler(pipeline.scheduler, students[stage])
             times = {"steps": students[stage], "timesteps": student_timesteps(scheduler, students[stage])}
             save_student(folder / f"stage-{students[stage]}", args, ema.shadow, scheduler, {**contract, **times}, step)
         copy_tensors(ema.shadow, teacher_parameters)
         copy_tensors(ema.shadow, parameters)
+        if args.lora_rank:
+            teacher = None  # frees its memory first
+            teacher = merged_teacher(args, teacher_parameters, dtype, accelerator.device)
         ema.updates = 0
         optimizer.state.clear()
         accelerator.wait_for_everyone()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train_progressive
 from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
-from common.models import load_pipeline, predict_guided, with_guidance_input
+from common.models import encode_prompts, load_pipeline, predict, predict_guided, with_guidance_input
 from common.validation import write_distillation
 from train_progressive import draw, progressive_loss, stage_at, stage_grid, student_steps
 
@@ -216,6 +216,37 @@ def test_resume_within_and_between_stages_bit_for_bit(pipelines, uninterrupted, 
     assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6")
     mine, whole = (load_pipeline(folder / "final").unet.state_dict() for folder in (tmp_path, uninterrupted))
     assert all(torch.equal(mine[name], whole[name]) for name in whole)
+
+
+def test_a_lora_resumes_bit_for_bit_with_its_teacher_merged(pipelines, tmp_path, monkeypatch):
+    """Every teacher but the first is the first with the LoRA of the stage before in its weights, resumed or not."""
+    teachers, original = [], train_progressive.merged_teacher
+
+    def spy(*arguments):
+        teachers.append(original(*arguments))
+        return teachers[-1]
+
+    monkeypatch.setattr(train_progressive, "merged_teacher", spy)
+    more = ["--lora_rank", 4, "--checkpointing_steps", 1, "--learning_rate", 1e-2, "--lr_warmup_steps", 0]
+    run_in_process(train_progressive, *quick(pipelines, tmp_path / "whole", *more))
+    shutil.copytree(tmp_path / "whole/checkpoint-4", tmp_path / "resumed/checkpoint-4")
+    resume = [*more, "--resume_from_checkpoint", "latest"]
+    run_in_process(train_progressive, *quick(pipelines, tmp_path / "resumed", *resume))
+    assert_same(tmp_path / "resumed/checkpoint-6", tmp_path / "whole/checkpoint-6")
+
+    pipeline = load_pipeline(pipelines("sd"))
+    z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 249])
+    conditioning = encode_prompts(pipeline, ["a ring", "a cross"], 32)
+    names = pipeline.unet.state_dict().keys()
+    with torch.no_grad():
+        unguided = predict(pipeline.unet, z, t, conditioning)
+        pipeline.load_lora_weights(tmp_path / "whole/stage-4")
+        expected = predict(pipeline.unet, z, t, conditioning)
+        assert not torch.allclose(expected, unguided, atol=1e-3)
+        after_stage_4, _, resumed, _ = teachers
+        for teacher in (after_stage_4, resumed):
+            assert teacher.state_dict().keys() == names and not any(p.requires_grad for p in teacher.parameters())
+            torch.testing.assert_close(predict(teacher, z, t, conditioning), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
