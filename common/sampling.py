@@ -130,9 +130,15 @@ def saved_scheduler(folder):
 
 
 def scheduler_for(saved, contract, steps):
-    """The saved scheduler, or what has to take its place at another step count than the trained one."""
-    if contract.get("target") == "next" and steps != contract.get("steps"):
-        return ddim_scheduler(saved, steps)  # the one that was saved is right for the trained count alone
+    """The saved scheduler, or what has to take its place at this step count.
+
+    DDIM on trailing timesteps, a teacher's or a student's, steps past them where the count does not divide its
+    timesteps; and what was saved with a student is right for the count that it was trained for alone.
+    """
+    trailing = isinstance(saved, diffusers.DDIMScheduler) and saved.config.timestep_spacing == "trailing"
+    misses = trailing and saved.config.num_train_timesteps % steps != 0
+    if misses or (contract.get("target") == "next" and steps != contract.get("steps")):
+        return ddim_scheduler(saved, steps)
     return saved
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, save_random_lora
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from launching import error_of
 from PIL import Image
 
@@ -21,6 +21,7 @@ from common import results, shapes
 from common.arguments import UsageError
 from common.data import sample_generator
 from common.metrics import SceneReader
+from common.sampling import scheduler_for
 from common.validation import write_distillation
 
 PROMPTS = shapes.held_out_captions(2)
@@ -259,6 +260,16 @@ def test_out_of_gpu_memory_is_one_sentence(folders, tmp_path, capsys, monkeypatc
     flags += ["--outdir", tmp_path, "--batch_size", 48]
     error = error_of(inference, flags, capsys).splitlines()[-1]  # after the bars of loading
     assert error.startswith("error: Out of GPU memory at --batch_size 48 and 32 pixels")
+
+
+@pytest.mark.parametrize("steps, kind", [(50, "DDIM"), (512, "DPMSolverMultistep"), (30, "DPMSolverMultistep")])
+def test_a_teacher_on_trailing_timesteps_is_not_stepped_past_them(steps, kind):
+    """DDIM steps by 1000 // N: where N does not divide 1000 it would come to other timesteps than the listed ones."""
+    teacher = DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    scheduler = scheduler_for(teacher, {"target": None, "steps": None}, steps)
+    assert type(scheduler).__name__ == f"{kind}Scheduler"
+    leading = DDIMScheduler(timestep_spacing="leading")
+    assert scheduler_for(leading, {"target": None, "steps": None}, steps) is leading
 
 
 def test_batch_size_follows_the_resolution(folders, tmp_path):
