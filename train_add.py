@@ -136,12 +136,12 @@ def discriminator_loss(real_scores, fake_scores, mismatched_scores=None, differ=
     With mismatched_scores, of real images under other captions, the second term is half of that and half of
     E[max(0, 1 + D(x, c'))], in which the samples count whose captions differ (B,) (GAN-CLS, arXiv:1605.05396).
     """
-    losses = [(1 - real).relu().mean() + (1 + fake).relu().mean() for real, fake in zip(real_scores, fake_scores)]
+    accepted = torch.stack([(1 - scores).relu().mean() for scores in real_scores]).mean()
+    rejected = torch.stack([(1 + scores).relu().mean() for scores in fake_scores]).mean()
     if mismatched_scores is not None:
-        for head, (fake, other) in enumerate(zip(fake_scores, mismatched_scores)):
-            rejected = ((1 + other).relu() * differ[:, None]).mean()
-            losses[head] = losses[head] + (rejected - (1 + fake).relu().mean()) / 2
-    return torch.stack(losses).mean()
+        other = torch.stack([((1 + scores).relu() * differ[:, None]).mean() for scores in mismatched_scores]).mean()
+        rejected = (rejected + other) / 2
+    return accepted + rejected
 
 
 def adversarial_loss(fake_scores):
@@ -513,8 +513,9 @@ def main(args):
                                 look(latents, real_noise, other)[0])  # fmt: skip
                         other_condition = condition_of(other)
                         captions = batch["captions"]
-                        differ = torch.tensor([captions[i] != captions[i ^ 1] for i in range(len(captions))])
-                        differ = differ.to(accelerator.device)
+                        differ = torch.tensor(
+                            [captions[i] != captions[i ^ 1] for i in range(len(captions))], device=accelerator.device
+                        )
 
                 if trains_student:
                     loss = torch.zeros((), device=accelerator.device)

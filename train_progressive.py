@@ -406,7 +406,7 @@ def main(args):
             save_student(folder / f"stage-{students[stage]}", args, ema.shadow, scheduler, {**contract, **times}, step)
         copy_tensors(ema.shadow, teacher_parameters)
         copy_tensors(ema.shadow, parameters)
-        if args.lora_rank:
+        if args.lora_rank and stage + 1 < len(students):
             teacher = None  # frees its memory first
             teacher = merged_teacher(args, teacher_parameters, dtype, accelerator.device)
         ema.updates = 0
