@@ -233,6 +233,24 @@ def perturbation(args, step, positions, features):
     return [torch.stack(drawn).to(x.device) for drawn, x in zip(zip(*noise), features)]
 
 
+def head_condition(conditioning, image_embedding, pure):
+    """What the discriminator's heads are conditioned on (B, D): the caption and, with DINOv2, the real image's CLS
+    embedding, but not where the student started from pure noise (B,), which says nothing of the image."""
+    text = text_condition(conditioning)
+    if image_embedding is None:
+        return text
+    return torch.cat([text, image_embedding * ~pure[:, None]], dim=1)
+
+
+def swapped_captions(captions, device):
+    """Indices (B,) that give positions 2 i and 2 i + 1 each other's caption, and where these differ (B,).
+
+    The two share a micro-batch however a batch is split."""
+    neighbours = torch.arange(len(captions), device=device) ^ 1
+    differ = [captions[i] != captions[i ^ 1] for i in range(len(captions))]
+    return neighbours, torch.tensor(differ, device=device)
+
+
 def save_final(folder, args, pipeline, scheduler, timesteps, guidance_scale, step):
     """final/: the whole pipeline with the student in it, or the LoRA with its alpha and scheduler; contract, card."""
     base, name = args.pretrained_model_name_or_path, type(scheduler).__name__
@@ -438,6 +456,35 @@ def main(args):
             accelerator, folder, step, identity, global_batch_size, args.max_train_steps, args.checkpoints_total_limit
         )
 
+    def look(x, noise, timesteps, conditioning):
+        """The discriminator's features of clean latents x and, with DINOv2, the CLS embedding. Real latents are
+        decoded as the student's are, so that the VAE's traces tell nothing."""
+        with accelerator.autocast():
+            if args.discriminator == "unet":
+                return looks(schedule.add_noise(x, noise, timesteps), timesteps, conditioning), None
+            return looks(decode_latents(vae, x))
+
+    def teach(x_student, z, timesteps, noise, distill_timesteps, conditioning, key):
+        """The teacher's x_psi and its weights c(t): its x0 of the student's x^, re-noised, or its sample from the
+        student's input z, which the cache knows by key."""
+
+        def guided(z, timesteps):
+            return predict_guided(teacher, z, timesteps, conditioning, unconditional, guidance_scale)
+
+        with torch.no_grad(), accelerator.autocast():
+            if args.distill_target == "score":
+                z = schedule.add_noise(x_student, noise, distill_timesteps)
+                x_teacher = schedule.to_x0(guided(z, distill_timesteps), z, distill_timesteps)
+                return x_teacher, schedule.alpha(distill_timesteps).flatten()
+            if key in rollouts:
+                x_teacher = rollouts[key].to(accelerator.device)
+            else:
+                end = torch.full_like(timesteps, -1)
+                x_teacher = ddim_rollout(guided, schedule, z, timesteps, end, args.num_ddim_steps)
+                if args.cache_rollouts:
+                    rollouts[key] = x_teacher.cpu()
+            return x_teacher, torch.ones(len(z), device=accelerator.device)
+
     def update(optimizer, parameters, skipped):
         """Clip and step, or skip and count where the gradient is not finite. Returns the gradient's norm."""
         without = [name for name, p in parameters.items() if p.grad is None]
@@ -483,81 +530,47 @@ def main(args):
                     output = predict(student if trains_student else unet, z, timesteps, conditioning)
                 x_student = schedule.to_x0(output, z, timesteps)
 
-                def look(x, noise, conditioning=conditioning, timesteps=judged_timesteps):
-                    """Features, and with DINOv2 the CLS embedding, of clean latents."""
-                    with accelerator.autocast():
-                        if args.discriminator == "unet":
-                            return looks(schedule.add_noise(x, noise, timesteps), timesteps, conditioning), None
-                        return looks(decode_latents(vae, x))
-
+                mismatched = other_condition = differ = None
                 if adversarial:
                     with torch.no_grad():
-                        real_features, image_embedding = look(latents, real_noise)  # decoded as the fakes are
-
-                    def condition_of(conditioning, pure=pure, image_embedding=image_embedding):
-                        text = text_condition(conditioning)
-                        if image_embedding is None:
-                            return text
-                        # pure noise says nothing of the image
-                        return torch.cat([text, image_embedding * ~pure[:, None]], dim=1)
-
-                    condition = condition_of(conditioning)
+                        real, image_embedding = look(latents, real_noise, judged_timesteps, conditioning)
+                    condition = head_condition(conditioning, image_embedding, pure)
                     with torch.set_grad_enabled(trains_student):
-                        fake_features, _ = look(x_student, fake_noise)
-                    mismatched = other_condition = differ = None
-                    if args.mismatched_captions:  # positions 2 i and 2 i + 1 share a micro-batch however it is split
-                        neighbours = torch.arange(len(latents), device=accelerator.device) ^ 1
+                        fake, _ = look(x_student, fake_noise, judged_timesteps, conditioning)
+                    if args.mismatched_captions:
+                        neighbours, differ = swapped_captions(batch["captions"], accelerator.device)
                         other = conditioning.rows(neighbours)
-                        with torch.no_grad():  # the UNet reads captions itself
-                            mismatched = real_features if args.discriminator == "dinov2" else (
-                                look(latents, real_noise, other)[0])  # fmt: skip
-                        other_condition = condition_of(other)
-                        captions = batch["captions"]
-                        differ = torch.tensor(
-                            [captions[i] != captions[i ^ 1] for i in range(len(captions))], device=accelerator.device
-                        )
+                        other_condition = head_condition(other, image_embedding, pure)
+                        mismatched = real  # DINOv2 reads no captions; the UNet reads them itself
+                        if args.discriminator == "unet":
+                            with torch.no_grad():
+                                mismatched, _ = look(latents, real_noise, judged_timesteps, other)
 
                 if trains_student:
                     loss = torch.zeros((), device=accelerator.device)
                     if args.lambda_distill:
                         key = (batch["step"], micro_batch)
-                        with torch.no_grad(), accelerator.autocast():
-                            if args.distill_target == "score":
-                                z_teacher = schedule.add_noise(x_student, teacher_noise, distill_timesteps)
-                                output = predict_guided(
-                                    teacher, z_teacher, distill_timesteps, conditioning, unconditional, guidance_scale
-                                )
-                                target = schedule.to_x0(output, z_teacher, distill_timesteps)
-                            elif key in rollouts:
-                                target = rollouts[key].to(accelerator.device)
-                            else:
-                                end = torch.full_like(timesteps, -1)
-                                target = ddim_rollout(
-                                    lambda z, t: predict_guided(
-                                        teacher, z, t, conditioning, unconditional, guidance_scale),
-                                    schedule, z, timesteps, end, args.num_ddim_steps)  # fmt: skip
-                                if args.cache_rollouts:
-                                    rollouts[key] = target.cpu()
-                        weights = schedule.alpha(distill_timesteps).flatten()
-                        weights = weights if args.distill_target == "score" else torch.ones_like(weights)
-                        distillation = distillation_loss(x_student, target, weights)
+                        x_teacher, weights = teach(
+                            x_student, z, timesteps, teacher_noise, distill_timesteps, conditioning, key
+                        )
+                        distillation = distillation_loss(x_student, x_teacher, weights)
                         loss = loss + args.lambda_distill * distillation
                         terms["distillation"] += distillation.detach() / args.gradient_accumulation_steps
                     if adversarial:
                         plain_heads.requires_grad_(False)  # and past DDP: the student's step leaves it untouched
-                        scored = adversarial_loss(plain_heads(fake_features, condition))
+                        scored = adversarial_loss(plain_heads(fake, condition))
                         plain_heads.requires_grad_(True)
                         loss = loss + scored
                         terms["adversarial"] += scored.detach() / args.gradient_accumulation_steps
                     accelerator.backward(loss)
                 if adversarial:
-                    fake_features = [x.detach() for x in fake_features]
                     noise = None
                     if args.r1_form == "finite_difference":
-                        noise = perturbation(args, batch["step"], batch["positions"], real_features)
+                        noise = perturbation(args, batch["step"], batch["positions"], real)
+                    fake = [x.detach() for x in fake]
                     real_scores, fake_scores, mismatched_scores, r1 = judge(
-                        heads, real_features, fake_features, condition, args.r1_form, noise, mismatched,
-                        other_condition)  # fmt: skip
+                        heads, real, fake, condition, args.r1_form, noise, mismatched, other_condition
+                    )
                     hinge = discriminator_loss(real_scores, fake_scores, mismatched_scores, differ)
                     # The heads are fp32, so that fp16's loss scaling, which accelerator.backward does, is not theirs.
                     ((hinge + args.r1_gamma / 2 * r1) / args.gradient_accumulation_steps).backward()

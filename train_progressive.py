@@ -75,8 +75,9 @@ def parse_args(argv=None):
         "a power of two, at most 1000")  # fmt: skip
     add("--end_steps", type=arguments.positive_int, default=4, help="steps of the last student")
     add("--steps_per_stage", type=arguments.positive_int, default=200, help="optimizer steps of a stage")
-    add("--last_stages_steps", type=arguments.positive_int, help="optimizer steps of each of the last two stages, "
-        "which have the most to learn (default: --steps_per_stage)")  # fmt: skip
+    add("--last_stages_steps", type=arguments.positive_int, nargs="+", help="optimizer steps of each of the last two "
+        "stages, which have the most to learn; several numbers: one for each of the last stages "
+        "(default: --steps_per_stage)")  # fmt: skip
     add("--guidance_scale", type=float, help="teacher's guidance in the first halving (default: what it was saved "
         "with, else 7.5)")  # fmt: skip
     add("--guidance_min", type=float, default=1.0, help="with a teacher that takes its guidance scale as an input: "
@@ -130,6 +131,17 @@ def stage_grid(scheduler, teacher_steps, device="cpu"):
     return [torch.tensor(times, device=device) for times in (timesteps, between, [*timesteps[1:], -1])]
 
 
+def stage_lengths(args, stages):
+    """Optimizer steps of every stage, a list as long as stages. Raises UsageError."""
+    last = args.last_stages_steps or [args.steps_per_stage]
+    if len(last) == 1:
+        last = last * min(2, stages)
+    if len(last) > stages:
+        raise UsageError(f"--last_stages_steps has {len(last)} numbers; from --start_steps {args.start_steps} to "
+                         f"--end_steps {args.end_steps} there are {stages} stages.")  # fmt: skip
+    return [args.steps_per_stage] * (stages - len(last)) + last
+
+
 def stage_at(step, lengths):
     """(stage, step within it) of optimizer step `step`; (number of stages, 0) after the last one."""
     stage = 0
@@ -140,7 +152,7 @@ def stage_at(step, lengths):
 
 
 def check_arguments(args):
-    """Refuse, before anything is loaded, what can't work; returns the students' step counts."""
+    """Refuse, before anything is loaded, what can't work; returns the students' step counts and optimizer steps."""
     if args.start_steps > 1000:
         raise UsageError(f"--start_steps {args.start_steps} is more than the model's 1000 timesteps.")
     if args.start_steps <= args.end_steps:
@@ -156,7 +168,8 @@ def check_arguments(args):
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision == "fp16" and not cuda:
         raise UsageError("--mixed_precision fp16, here or at accelerate launch, needs a CUDA GPU: use bf16 or no.")
-    return student_steps(args.start_steps, args.end_steps)
+    students = student_steps(args.start_steps, args.end_steps)
+    return students, stage_lengths(args, len(students))
 
 
 def teacher_contract(args):
@@ -269,7 +282,8 @@ def export_fp16(folder, args):
 
 
 def main(args):
-    students = check_arguments(args)
+    students, lengths = check_arguments(args)
+    args.max_train_steps = sum(lengths)
     arguments.check_tracker(args)
     arguments.use_embedded_default(args)
     contract = teacher_contract(args)
@@ -281,9 +295,6 @@ def main(args):
         "guidance": "embedded" if embedded else "baked",
         "guidance_scale": contract["guidance_scale"] if embedded else 1.0,
     }  # fmt: skip
-    lengths = [args.steps_per_stage] * len(students)
-    lengths[-2:] = [args.last_stages_steps or args.steps_per_stage] * len(lengths[-2:])
-    args.max_train_steps = sum(lengths)
     _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
     args.resolution = args.resolution or native_resolution
     if args.resolution % factor:

@@ -10,8 +10,8 @@ if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; 
 fi
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
     --mixed_precision no train_progressive.py --start_steps 32 --end_steps 1 \
-    --steps_per_stage 300 --last_stages_steps 1000 --lora_rank 32 --lora_alpha 32 \
+    --steps_per_stage 250 --last_stages_steps 300 1300 1900 --lora_rank 64 --lora_alpha 64 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 2e-3 --batch_size $((32 / processes)) \
-    --checkpointing_steps 100 --checkpoints_total_limit 2 --output_dir outputs/progressive \
+    --checkpointing_steps 200 --checkpoints_total_limit 2 --output_dir outputs/progressive \
     --resume_from_checkpoint latest "$@"

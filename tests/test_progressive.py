@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import launching
 import pytest
@@ -24,7 +25,7 @@ import train_progressive
 from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
 from common.models import encode_prompts, load_pipeline, predict, predict_guided, with_guidance_input
 from common.validation import write_distillation
-from train_progressive import draw, progressive_loss, stage_at, stage_grid, student_steps
+from train_progressive import draw, progressive_loss, stage_at, stage_grid, stage_lengths, student_steps
 
 SCRIPT = ROOT / "train_progressive.py"
 assert_same = partial(assert_same_checkpoints, name="student")
@@ -86,6 +87,9 @@ def test_loss_spaces():
 def test_stages():
     assert student_steps(64, 4) == [32, 16, 8, 4] and student_steps(6, 3) == [3] and student_steps(2, 1) == [1]
     assert [stage_at(step, [3, 2]) for step in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+    for last, lengths in ((None, [5, 5, 5]), ([7], [5, 7, 7]), ([6, 8], [5, 6, 8]), ([6, 7, 8], [6, 7, 8])):
+        assert stage_lengths(SimpleNamespace(steps_per_stage=5, last_stages_steps=last), 3) == lengths
+    assert stage_lengths(SimpleNamespace(steps_per_stage=5, last_stages_steps=[7]), 1) == [7]
 
 
 @pytest.mark.parametrize("steps", [512, 64, 32, 16, 8, 4, 2])
@@ -276,6 +280,7 @@ MISTAKES = [
     (["--start_steps", "2", "--end_steps", "4"], "--start_steps 2 is not more than --end_steps 4"),
     (["--start_steps", "4", "--end_steps", "4"], "--start_steps 4 is not more than --end_steps 4"),
     (["--start_steps", "1024", "--end_steps", "4"], "--start_steps 1024"),
+    (["--last_stages_steps", "1", "2", "3"], "--last_stages_steps has 3 numbers"),
     (["--guidance_scale", "-1"], "--guidance_scale"),
     (["--guidance_min", "5", "--guidance_max", "2"], "--guidance_min 5"),
     (["--pretrained_model_name_or_path", "{x0}"], "predicts and re-noises"),
