@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -53,11 +52,20 @@ from common.checkpoint import (
 )
 from common.data import build_dataloader, load_dataset_from_args, sample_generator
 from common.diffusion import NoiseSchedule, ddim_rollout, student_scheduler, student_timesteps
-from common.discriminators import Dinov2Features, Heads, UNetFeatures, judge, text_condition
+from common.discriminators import (
+    Dinov2Features,
+    Heads,
+    UNetFeatures,
+    head_condition,
+    judge,
+    swapped_captions,
+    text_condition,
+)
 from common.ema import EMA
 from common.hooks import register_checkpoint_hooks
 from common.models import (
     check_compatible,
+    check_same_inputs,
     decode_latents,
     encode_empty_prompt,
     encode_images,
@@ -73,8 +81,6 @@ from common.models import (
 from common.sampling import saved_scheduler
 from common.validation import image_diversity, log_images, sample_images, write_distillation, write_model_card
 
-VALIDATION_STEPS = (1, 2, 4)  # a student that re-noises takes any of them
-
 
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
@@ -89,35 +95,40 @@ def parse_args(argv=None):
     add("--student_model", help="pipeline whose UNet the student starts as, such as a stage of train_progressive.py "
         "(default: the teacher)")  # fmt: skip
     add("--lora_rank", type=arguments.positive_int, help="train adapters of this rank (default: the whole UNet)")
-    add("--lora_alpha", type=arguments.positive_float, help="scale of the adapters is alpha / rank (default: 32)")
-    add("--lora_targets", nargs="+", help="UNet layers to adapt (default: to_q to_k to_v to_out.0)")
+    add("--lora_alpha", type=arguments.positive_float, help="of a LoRA: its scale is alpha / rank (default: 32)")
+    add("--lora_targets", nargs="+",
+        help="of a LoRA: UNet layers to adapt (default: to_q to_k to_v to_out.0)")  # fmt: skip
     add = parser.add_argument_group("distillation").add_argument
     add("--lambda_distill", type=arguments.weight, default=2.5, help="weight of the teacher's term; 0: none")
     add("--distill_target", choices=("score", "sample"), default="score",
         help="teacher's x0 of the re-noised student, or its sample from the student's input")  # fmt: skip
-    add("--distill_timesteps", type=arguments.natural, nargs=2, default=(20, 979), metavar=("MIN", "MAX"),
-        help="of --distill_target score: the student is re-noised to one of these, uniformly")  # fmt: skip
-    add("--num_ddim_steps", type=arguments.positive_int, default=8, help="of --distill_target sample: teacher steps")
-    add("--cache_rollouts", type=arguments.natural, default=0,
+    add("--distill_timesteps", type=arguments.natural, nargs=2, metavar=("MIN", "MAX"),
+        help="of --distill_target score: the student is re-noised to one of these, uniformly "
+             "(default: 20 979)")  # fmt: skip
+    add("--num_ddim_steps", type=arguments.positive_int,
+        help="of --distill_target sample: teacher steps (default: 8)")  # fmt: skip
+    add("--cache_rollouts", type=arguments.positive_int,
         help="of --distill_target sample: keep the teacher's samples of so many optimizer steps, and cycle over "
-             "them (default: never)")  # fmt: skip
+             "their data (default: never)")  # fmt: skip
     add("--guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add = parser.add_argument_group("discriminator").add_argument
     add("--discriminator", choices=("unet", "dinov2"), default="unet",
         help="what it looks with: the teacher's encoder at re-noised latents, or DINOv2 at images")  # fmt: skip
-    add("--feature_model_name_or_path", default="facebook/dinov2-small", help="of dinov2: folder or hub id")
-    add("--feature_resolution", type=arguments.positive_int, default=224, help="of dinov2: pixels per side it sees")
-    add("--discriminator_timesteps", type=arguments.natural, nargs=2, default=(20, 979), metavar=("MIN", "MAX"),
-        help="of unet: latents are re-noised to one of these, uniformly")  # fmt: skip
+    add("--feature_model_name_or_path", help="of dinov2: folder or hub id (default: facebook/dinov2-small)")
+    add("--feature_resolution", type=arguments.positive_int,
+        help="of dinov2: pixels per side it sees (default: 224)")  # fmt: skip
+    add("--discriminator_timesteps", type=arguments.natural, nargs=2, metavar=("MIN", "MAX"),
+        help="of unet: latents are re-noised to one of these, uniformly (default: 20 979)")  # fmt: skip
     add("--discriminator_start_step", type=arguments.natural, default=0,
-        help="until this step the student learns from the teacher alone")  # fmt: skip
+        help="the student learns from the teacher alone until this step; --max_train_steps: to the end")  # fmt: skip
     add("--discriminator_updates", type=arguments.positive_int, default=1,
         help="its updates for each of the student's, each with a batch of its own")  # fmt: skip
-    add("--discriminator_learning_rate", type=arguments.positive_float, default=1e-3, help="its peak learning rate")
+    add("--discriminator_learning_rate", type=arguments.positive_float, default=1e-3,
+        help="its peak learning rate; --lr_scheduler and the warm-up begin where it starts")  # fmt: skip
     add("--mismatched_captions", action="store_true",
         help="real images with a neighbour's caption are half of what the discriminator learns to reject")  # fmt: skip
-    add("--r1_gamma", type=arguments.weight, default=1e-5, help="weight of R1")
-    add("--r1_form", choices=("autograd", "finite_difference", "none"), default="autograd",
+    add("--r1_gamma", type=arguments.weight, default=1e-5, help="weight of R1; 0: none")
+    add("--r1_form", choices=("autograd", "finite_difference"), default="autograd",
         help="R1 by a second backward, or by the scores of perturbed features")  # fmt: skip
     add("--max_skipped_updates", type=arguments.positive_int, default=20,
         help="an update whose gradient is not finite is skipped; so many in a row end the run")  # fmt: skip
@@ -163,24 +174,36 @@ def check_arguments(args):
                          f"--num_student_steps {args.num_student_steps}.")  # fmt: skip
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
+    sampled, seen, lora = args.distill_target == "sample", args.discriminator == "dinov2", bool(args.lora_rank)
+    for name, default, of, there in (
+        ("distill_timesteps", (20, 979), "--distill_target score", not sampled),
+        ("num_ddim_steps", 8, "--distill_target sample", sampled),
+        ("cache_rollouts", 0, "--distill_target sample", sampled),
+        ("discriminator_timesteps", (20, 979), "--discriminator unet", not seen),
+        ("feature_model_name_or_path", "facebook/dinov2-small", "--discriminator dinov2", seen),
+        ("feature_resolution", 224, "--discriminator dinov2", seen),
+        ("lora_alpha", 32.0, "--lora_rank", lora),
+        ("lora_targets", ["to_q", "to_k", "to_v", "to_out.0"], "--lora_rank", lora),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif not there:
+            raise UsageError(f"--{name} is about {of}: add that, or leave --{name} out.")
     for name in ("distill_timesteps", "discriminator_timesteps"):
         low, high = getattr(args, name)
         if not low <= high < 1000:
             raise UsageError(f"--{name} {low} {high} is no range of the model's timesteps, 0 to 999.")
-    if args.lambda_distill == 0 and args.discriminator_start_step > 0:
-        raise UsageError("--lambda_distill 0: until --discriminator_start_step there would be nothing to learn.")
+    if args.lambda_distill == 0:
+        if args.discriminator_start_step > 0:
+            raise UsageError("--lambda_distill 0: until --discriminator_start_step there would be nothing to learn.")
+        if args.cache_rollouts:
+            raise UsageError("--cache_rollouts keeps what the teacher says, and --lambda_distill 0 never asks it.")
     if args.mismatched_captions and args.train_batch_size % 2:
         raise UsageError(f"--mismatched_captions swaps the captions of neighbours: --train_batch_size "
                          f"{args.train_batch_size} is odd.")  # fmt: skip
-    if args.cache_rollouts and args.distill_target != "sample":
-        raise UsageError("--cache_rollouts keeps the teacher's samples: add --distill_target sample or leave it out.")
     if args.student_model and args.lora_rank:
         raise UsageError("--student_model is about the whole UNet, and --lora_rank trains adapters on the teacher's: "
                          "leave one out.")  # fmt: skip
-    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
-        raise UsageError("--lora_alpha and --lora_targets are about a LoRA: add --lora_rank or leave them out.")
-    args.lora_alpha = args.lora_alpha or 32.0
-    args.lora_targets = args.lora_targets or ["to_q", "to_k", "to_v", "to_out.0"]
     # What `accelerate launch` was told reaches a script through the environment.
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if args.use_8bit_adam and not cuda:
@@ -209,55 +232,49 @@ def teacher_guidance(args):
 
 
 def draw(args, step, positions, latents):
-    """Per-sample randomness by global position: indices into the student's timesteps (B,), and of what is re-noised
-    for the teacher and for the discriminator the timesteps (B,); noise like latents for the student's input, the
-    teacher, the discriminator's fakes and its real latents. All are drawn whatever the options."""
-    slots, distill, judged, noise = [], [], [], []
+    """Per-sample randomness of the student by global position: indices into its timesteps (B,), timesteps to re-noise
+    to for the teacher (B,), and noise like latents for the student's input and the teacher's. All are drawn whatever
+    the options. A cached step comes again with the same."""
+    slots, distill, noise = [], [], []
+    low, high = args.distill_timesteps
     probs = torch.tensor(args.timestep_probs or [1.0] * args.num_student_steps)
     for position in positions:
         generator = sample_generator(args.seed, step, position)
         slots.append(torch.multinomial(probs, 1, generator=generator)[0])
-        for drawn, (low, high) in ((distill, args.distill_timesteps), (judged, args.discriminator_timesteps)):
-            drawn.append(torch.randint(low, high + 1, (), generator=generator))
-        noise.append(torch.randn((4, *latents.shape[1:]), generator=generator))
-    times = [torch.stack(drawn).to(latents.device) for drawn in (slots, distill, judged)]
+        distill.append(torch.randint(low, high + 1, (), generator=generator))
+        noise.append(torch.randn((2, *latents.shape[1:]), generator=generator))
+    times = [torch.stack(drawn).to(latents.device) for drawn in (slots, distill)]
     return *times, *torch.stack(noise, dim=1).to(latents.device)
 
 
-def perturbation(args, step, positions, features):
+def draw_judged(args, update, positions, latents):
+    """The same of the discriminator: timesteps to re-noise to (B,), and noise like latents for its fakes and its real
+    latents. Of its update's number, so that it sees a cached step anew."""
+    timesteps, noise = [], []
+    low, high = args.discriminator_timesteps
+    for position in positions:
+        generator = sample_generator(args.seed, update, position, stream=6)
+        timesteps.append(torch.randint(low, high + 1, (), generator=generator))
+        noise.append(torch.randn((2, *latents.shape[1:]), generator=generator))
+    return torch.stack(timesteps).to(latents.device), *torch.stack(noise, dim=1).to(latents.device)
+
+
+def perturbation(args, update, positions, features):
     """Noise like features (a list of (B, C, H, W)) for r1_finite_difference, by global position."""
     noise = []
     for position in positions:
-        generator = sample_generator(args.seed, step, position, stream=5)
+        generator = sample_generator(args.seed, update, position, stream=5)
         noise.append([torch.randn(x.shape[1:], generator=generator) for x in features])
     return [torch.stack(drawn).to(x.device) for drawn, x in zip(zip(*noise), features)]
 
 
-def head_condition(conditioning, image_embedding, pure):
-    """What the discriminator's heads are conditioned on (B, D): the caption and, with DINOv2, the real image's CLS
-    embedding, but not where the student started from pure noise (B,), which says nothing of the image."""
-    text = text_condition(conditioning)
-    if image_embedding is None:
-        return text
-    return torch.cat([text, image_embedding * ~pure[:, None]], dim=1)
-
-
-def swapped_captions(captions, device):
-    """Indices (B,) that give positions 2 i and 2 i + 1 each other's caption, and where these differ (B,).
-
-    The two share a micro-batch however a batch is split."""
-    neighbours = torch.arange(len(captions), device=device) ^ 1
-    differ = [captions[i] != captions[i ^ 1] for i in range(len(captions))]
-    return neighbours, torch.tensor(differ, device=device)
-
-
-def save_final(folder, args, pipeline, scheduler, timesteps, guidance_scale, step):
+def save_final(folder, args, pipeline, scheduler, timesteps, step_counts, guidance_scale, step):
     """final/: the whole pipeline with the student in it, or the LoRA with its alpha and scheduler; contract, card."""
     base, name = args.pretrained_model_name_or_path, type(scheduler).__name__
     notes = {
         "method": f"adversarial diffusion distillation, {args.discriminator} discriminator, teacher guided at "
         f"{guidance_scale:g}",
-        "steps": f"1 to {args.num_student_steps}; {args.num_student_steps} are at timesteps {timesteps}",
+        "steps": f"{', '.join(map(str, step_counts))}; {args.num_student_steps} are at timesteps {timesteps}",
         "distillation": f"{args.distill_target}, weight {args.lambda_distill:g}",
     }
     imports, load = "DiffusionPipeline", 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")'
@@ -369,6 +386,9 @@ def main(args):
     scheduler = student_scheduler(pipeline.scheduler, "x0", args.num_student_steps)
     timesteps_list = student_timesteps(scheduler, args.num_student_steps)
     student_times = torch.tensor(timesteps_list, device=accelerator.device)
+    # It re-noises, so that it also samples in fewer steps, where these are among its own.
+    step_counts = [count for count in range(1, args.num_student_steps + 1)
+                   if set(student_timesteps(scheduler, count)) <= set(timesteps_list)]  # fmt: skip
     unconditional = encode_empty_prompt(pipeline, args.resolution)
     condition_dim = text_condition(unconditional).shape[1]
     if args.discriminator == "unet":
@@ -378,12 +398,15 @@ def main(args):
         condition_dim += looks.width
 
     # 2 trainable models, in fp32. The student is a UNet of its own, as the discriminator looks with the teacher's too.
-    source = args.student_model or args.pretrained_model_name_or_path
-    unet = UNet2DConditionModel.from_pretrained(
-        source, subfolder="unet", torch_dtype=dtype if args.lora_rank else torch.float32, use_safetensors=True,
-        **({} if args.student_model else {"revision": args.revision, "variant": args.variant}))  # fmt: skip
+    student_dtype = dtype if args.lora_rank else torch.float32
+    if args.student_model:
+        source = load_pipeline(args.student_model, student_dtype, flag="--student_model")
+        check_same_inputs(source, pipeline, f"--student_model {args.student_model}")
+    else:
+        source = load_pipeline(args.pretrained_model_name_or_path, student_dtype, args.revision, args.variant)
+    unet = source.unet
+    del source
     if args.lora_rank:
-        unet.requires_grad_(False)
         names = [name for name, _ in unet.named_modules()]
         for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
             if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -394,10 +417,12 @@ def main(args):
         except ValueError as error:
             raise UsageError(f"--lora_targets: {str(error).splitlines()[0]}") from None
         cast_training_params(unet, dtype=torch.float32)
-    unet.eval()  # no drop-out; what is trained says requires_grad
+    else:
+        unet.requires_grad_(True)
     pipeline.unet = unet.to(accelerator.device)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()  # its gradient also runs through what the discriminator looks with
+        (teacher if args.discriminator == "unet" else vae).enable_gradient_checkpointing()
     if args.torch_compile:
         unet.compile()  # in place: parameter names stay those of the plain module
     parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
@@ -439,13 +464,13 @@ def main(args):
         if accelerator.is_main_process:
             rows, labels = [], []
             with ema.applied(parameters), accelerator.autocast():
-                for steps in VALIDATION_STEPS:
+                for steps in step_counts:
                     rows += sample_images(
                         pipeline, args.validation_prompts, scheduler, steps, 1.0, args.resolution, args.seed,
                         args.num_validation_images)  # fmt: skip
                     labels += [f"{steps}: {prompt}" for prompt in args.validation_prompts]
             log_images(accelerator, folder, rows, labels, step)
-            for steps, start in zip(VALIDATION_STEPS, range(0, len(rows), len(args.validation_prompts))):
+            for steps, start in zip(step_counts, range(0, len(rows), len(args.validation_prompts))):
                 diversity = image_diversity(rows[start : start + len(args.validation_prompts)])
                 if diversity is not None:
                     accelerator.log({f"diversity_{steps}_steps": diversity}, step=step)
@@ -459,10 +484,12 @@ def main(args):
     def look(x, noise, timesteps, conditioning):
         """The discriminator's features of clean latents x and, with DINOv2, the CLS embedding. Real latents are
         decoded as the student's are, so that the VAE's traces tell nothing."""
-        with accelerator.autocast():
-            if args.discriminator == "unet":
+        if args.discriminator == "unet":
+            with accelerator.autocast():
                 return looks(schedule.add_noise(x, noise, timesteps), timesteps, conditioning), None
-            return looks(decode_latents(vae, x))
+        pixels = decode_latents(vae, x)  # SDXL's VAE, in fp32, must stay so
+        with accelerator.autocast():
+            return looks(pixels)
 
     def teach(x_student, z, timesteps, noise, distill_timesteps, conditioning, key):
         """The teacher's x_psi and its weights c(t): its x0 of the student's x^, re-noised, or its sample from the
@@ -499,14 +526,22 @@ def main(args):
         skipped[1] *= not finite
         return grad_norm
 
+    head_schedule = argparse.Namespace(**{
+        **vars(args), "learning_rate": args.discriminator_learning_rate,
+        "max_train_steps": args.max_train_steps - args.discriminator_start_step})  # fmt: skip
+    if args.discriminator_start_step >= args.max_train_steps:
+        accelerator.print(f"--discriminator_start_step {args.discriminator_start_step} is not before the end, step "
+                          f"{args.max_train_steps}: the student learns from the teacher alone.")  # fmt: skip
     bar = tqdm(total=args.max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
     while step < args.max_train_steps:
-        learning_rate = arguments.learning_rate_at(step, args)
+        rates = {"lr": arguments.learning_rate_at(step, args)}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        for group in head_optimizer.param_groups:
-            group["lr"] = learning_rate / args.learning_rate * args.discriminator_learning_rate
+            group["lr"] = rates["lr"]
         adversarial = step >= args.discriminator_start_step
+        if adversarial:
+            rates["discriminator_lr"] = arguments.learning_rate_at(step - args.discriminator_start_step, head_schedule)
+            for group in head_optimizer.param_groups:
+                group["lr"] = rates["discriminator_lr"]
         names = ["distillation", "adversarial", "discriminator", "r1", "d_real", "d_fake"]
         terms = dict.fromkeys(names + ["d_mismatched"] * args.mismatched_captions, 0.0)
         for update_number, micro_batch in itertools.product(
@@ -519,9 +554,9 @@ def main(args):
             with accelerator.accumulate(student, heads):
                 conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
                 latents = encode_images(vae, batch["pixel_values"])
-                slots, distill_timesteps, judged_timesteps, noise, teacher_noise, fake_noise, real_noise = draw(
-                    args, batch["step"], batch["positions"], latents
-                )
+                positions, judged = batch["positions"], step * updates + update_number - 1
+                slots, distill_timesteps, noise, teacher_noise = draw(args, batch["step"], positions, latents)
+                judged_timesteps, fake_noise, real_noise = draw_judged(args, judged, positions, latents)
                 timesteps = student_times[slots]
                 z = schedule.add_noise(latents, noise, timesteps)
                 pure = timesteps == schedule.num_train_timesteps - 1
@@ -564,12 +599,12 @@ def main(args):
                         terms["adversarial"] += scored.detach() / args.gradient_accumulation_steps
                     accelerator.backward(loss)
                 if adversarial:
-                    noise = None
-                    if args.r1_form == "finite_difference":
-                        noise = perturbation(args, batch["step"], batch["positions"], real)
+                    r1_form, noise = args.r1_form if args.r1_gamma else None, None
+                    if r1_form == "finite_difference":
+                        noise = perturbation(args, judged, positions, real)
                     fake = [x.detach() for x in fake]
                     real_scores, fake_scores, mismatched_scores, r1 = judge(
-                        heads, real, fake, condition, args.r1_form, noise, mismatched, other_condition
+                        heads, real, fake, condition, r1_form, noise, mismatched, other_condition
                     )
                     hinge = discriminator_loss(real_scores, fake_scores, mismatched_scores, differ)
                     # The heads are fp32, so that fp16's loss scaling, which accelerator.backward does, is not theirs.
@@ -598,13 +633,14 @@ def main(args):
         if adversarial:
             logs["discriminator_grad_norm"] = head_grad_norm.item()
         bar.set_postfix({name: f"{logs[name]:.3f}" for name in ("distillation", "d_real", "d_fake", "skipped")})
-        accelerator.log({**logs, "lr": learning_rate}, step=step)
+        accelerator.log({**logs, **rates}, step=step)
         if args.validation_prompts and step % args.validation_steps == 0:
             validate()
         for name, (_, in_a_row) in skipped.items():
             if in_a_row >= args.max_skipped_updates:
                 raise UsageError(f"{in_a_row} updates of the {name} in a row had no finite gradient, up to step "
-                                 f"{step}: lower its learning rate, or use bf16 instead of fp16.")  # fmt: skip
+                                 f"{step}: start again in another --run_name with a lower learning rate for it, or "
+                                 "with bf16 instead of fp16.")  # fmt: skip
         if stop.requested(accelerator) and step < args.max_train_steps:
             save()
             accelerator.print(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")
@@ -616,7 +652,7 @@ def main(args):
 
     if accelerator.is_main_process:
         with ema.applied(parameters):
-            save_final(folder, args, pipeline, scheduler, timesteps_list, guidance_scale, step)
+            save_final(folder, args, pipeline, scheduler, timesteps_list, step_counts, guidance_scale, step)
         if args.export:
             export_fp16(folder, args)
         print(f"Done: {folder / 'final'}", flush=True)

@@ -23,6 +23,7 @@ FREE_ON_RESUME = {
     "checkpointing_steps", "checkpoints_total_limit", "train_batch_size", "gradient_accumulation_steps",
     "dataloader_num_workers", "validation_prompts", "validation_steps", "num_validation_images", "report_to",
     "export", "gradient_checkpointing", "torch_compile", "allow_tf32", "eval_steps", "teacher_cpu_offload",
+    "max_skipped_updates",
 }  # fmt: skip
 
 

@@ -22,8 +22,11 @@ class UNetFeatures:
 
     def __init__(self, unet):
         self.unet = unet
-        self.names = [*(f"down_blocks.{i}" for i in range(len(unet.down_blocks))), "mid_block"]
-        self.channels = [*unet.config.block_out_channels, unet.config.block_out_channels[-1]]
+        self.names = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+        self.channels = [*unet.config.block_out_channels]
+        if unet.mid_block is not None:  # the smaller BK-SDM UNets have none
+            self.names.append("mid_block")
+            self.channels.append(unet.config.block_out_channels[-1])
 
     def __call__(self, z, timesteps, conditioning):
         """Features of z (B, C, H, W) at timesteps, long (B,). The decoder half is not computed."""
@@ -32,7 +35,7 @@ class UNetFeatures:
             raise _Reached
 
         with FeatureTap(self.unet, self.names) as tap:
-            handle = self.unet.mid_block.register_forward_hook(stop)
+            handle = self.unet.get_submodule(self.names[-1]).register_forward_hook(stop)
             try:
                 predict(self.unet, z, timesteps, conditioning)
             except _Reached:
@@ -56,7 +59,11 @@ class Dinov2Features:
     depths = 4
 
     def __init__(self, path, resolution, device, dtype):
-        self.model = Dinov2Model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        try:
+            self.model = Dinov2Model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise ModelError(f"--feature_model_name_or_path {path}: the model does not load ({said})") from None
         self.model.to(device).eval().requires_grad_(False)
         config = self.model.config
         self.patch, self.resolution, self.width = config.patch_size, resolution, config.hidden_size
@@ -127,6 +134,24 @@ def text_condition(conditioning):
     return (conditioning.prompt_embeds.mean(dim=1) if pooled is None else pooled).float()
 
 
+def head_condition(conditioning, image_embedding, pure):
+    """What the discriminator's heads are conditioned on (B, D): the caption and, with DINOv2, the real image's CLS
+    embedding, but not where the student started from pure noise (B,), which says nothing of the image."""
+    text = text_condition(conditioning)
+    if image_embedding is None:
+        return text
+    return torch.cat([text, image_embedding * ~pure[:, None]], dim=1)
+
+
+def swapped_captions(captions, device):
+    """Indices (B,) that give positions 2 i and 2 i + 1 each other's caption, and where these differ (B,).
+
+    The two share a micro-batch however a batch is split."""
+    neighbours = torch.arange(len(captions), device=device) ^ 1
+    differ = [captions[i] != captions[i ^ 1] for i in range(len(captions))]
+    return neighbours, torch.tensor(differ, device=device)
+
+
 def r1_penalty(scores, features):
     """E|grad D(x)|^2 with respect to the features that the heads saw, summed over heads, by autograd. Scalar."""
     gradients = torch.autograd.grad([x.sum() for x in scores], features, create_graph=True)
@@ -138,12 +163,12 @@ def r1_finite_difference(scores, perturbed_scores, sigma=R1_SIGMA):
     return torch.stack([(b - a).sum(1).square() for a, b in zip(scores, perturbed_scores)]).sum(0).mean() / sigma**2
 
 
-def judge(heads, real, fake, condition, r1_form="none", noise=None, mismatched=None, other_condition=None):
+def judge(heads, real, fake, condition, r1_form=None, noise=None, mismatched=None, other_condition=None):
     """(scores of real, of fake, of mismatched or None, R1) in ONE forward of the heads, which is what DDP can follow.
 
     real, fake, mismatched: features, lists of (B, C, H, W) without gradient; condition of the first two and
     other_condition of the last (B, D); scores are lists of (B, places); R1 by "autograd", by "finite_difference" with
-    noise like real, or 0 by "none".
+    noise like real, or, without a form, 0.
     """
     parts, conditions = [real, fake], [condition, condition]
     if mismatched is not None:

@@ -161,6 +161,18 @@ def check_compatible(path, flag, teacher_path, teacher_revision=None):
             raise ModelError(f"{flag} {path}: its {what}, {value}, is not the teacher's, {kinds[1][what]}.")
 
 
+def check_same_inputs(student, teacher, name):
+    """Raise ModelError, of `name`, unless a pipeline has the other's noise schedule, prediction and text encoders."""
+    ours, theirs = (NoiseSchedule(pipeline.scheduler) for pipeline in (student, teacher))
+    every = torch.arange(theirs.num_train_timesteps)
+    if ours.prediction_type != theirs.prediction_type or not torch.equal(ours.alpha(every), theirs.alpha(every)):
+        raise ModelError(f"{name}: its noise schedule or prediction type is not the teacher's.")
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(teacher, part, None)
+        if encoder and not same_weights(getattr(student, part).to(encoder.device, encoder.dtype), encoder):
+            raise ModelError(f"{name}: its {part} is not the teacher's, which reads the captions of both.")
+
+
 def same_weights(a, b):
     """Whether two modules have the same parameters and buffers, bit for bit."""
     a, b = a.state_dict(), b.state_dict()
