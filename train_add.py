@@ -556,7 +556,6 @@ def main(args):
                 latents = encode_images(vae, batch["pixel_values"])
                 positions, judged = batch["positions"], step * updates + update_number - 1
                 slots, distill_timesteps, noise, teacher_noise = draw(args, batch["step"], positions, latents)
-                judged_timesteps, fake_noise, real_noise = draw_judged(args, judged, positions, latents)
                 timesteps = student_times[slots]
                 z = schedule.add_noise(latents, noise, timesteps)
                 pure = timesteps == schedule.num_train_timesteps - 1
@@ -567,6 +566,7 @@ def main(args):
 
                 mismatched = other_condition = differ = None
                 if adversarial:
+                    judged_timesteps, fake_noise, real_noise = draw_judged(args, judged, positions, latents)
                     with torch.no_grad():
                         real, image_embedding = look(latents, real_noise, judged_timesteps, conditioning)
                     condition = head_condition(conditioning, image_embedding, pure)

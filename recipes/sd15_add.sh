@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stable Diffusion 1.5 to 1, 2 and 4 steps by adversarial distillation (arXiv:2311.17042), D in latents (arXiv:2403.12015).
-# DATA=/path/to/data holds captioned images in any format of --data_dir. One GPU of 80 GB; more go with --multi_gpu
+# Stable Diffusion 1.5 to 1, 2 and 4 steps by adversarial distillation (arXiv:2311.17042; in latents 2403.12015).
+# DATA=/path/to/data holds captioned images in any format of --data_dir. One GPU; more go with --multi_gpu
 # --num_processes G and --gradient_accumulation_steps 16/G: the global batch stays 128.
 # Not yet run on real weights by us: no published number stands behind it.
 set -euo pipefail

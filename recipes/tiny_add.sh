@@ -4,13 +4,8 @@
 # bash recipes/tiny_add.sh --discriminator_start_step 3500 --output_dir outputs/add_without
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
-    --mixed_precision no train_add.py --distill_target sample --num_ddim_steps 4 --cache_rollouts 880 \
+source recipes/common/launch.sh
+launch train_add.py --distill_target sample --num_ddim_steps 4 --cache_rollouts 880 \
     --timestep_probs 2 1 1 1 --lora_rank 64 --lora_alpha 64 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 2e-3 --lr_scheduler linear --max_steps 3500 --batch_size $((32 / processes)) \

@@ -8,15 +8,7 @@ cd "$(dirname "$0")/.."
 bash recipes/tiny_flash_lora.sh
 bash recipes/tiny_lcm.sh
 bash recipes/tiny_progressive.sh
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-launch() {
-    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
-}
+source recipes/common/launch.sh
 launch train_progressive.py --start_steps 32 --end_steps 1 --steps_per_stage 220 --last_stages_steps 410 \
     --learning_rate 2e-4 --batch_size $((32 / processes)) --checkpointing_steps 110 --checkpoints_total_limit 2 \
     --output_dir outputs/progressive_short --resume_from_checkpoint latest

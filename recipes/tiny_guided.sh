@@ -3,15 +3,7 @@
 # captions. The global batch of 32, and so the result, is the same however many processes share it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-launch() {
-    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
-}
+source recipes/common/launch.sh
 launch train_guided.py --guidance fixed --guidance_scale 2 \
     --learning_rate 3e-4 --lr_scheduler one_cycle --batch_size $((32 / processes)) --max_steps 600 \
     --checkpointing_steps 200 --checkpoints_total_limit 2 \

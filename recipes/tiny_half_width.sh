@@ -3,15 +3,7 @@
 # teacher and both students on held-out captions. The result does not depend on how many processes share the batch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-launch() {
-    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
-}
+source recipes/common/launch.sh
 for run in aligned random; do
     student=outputs/half_width/student_$run
     [ -d "$student" ] || python prepare_unet_small.py --width_ratio 0.5 --output_dir "$student" \

@@ -3,13 +3,8 @@
 # how many processes share the global batch of 32.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" accelerate launch --config_file "$config" --num_processes "$processes" \
-    --mixed_precision no train_progressive.py --start_steps 32 --end_steps 1 \
+source recipes/common/launch.sh
+launch train_progressive.py --start_steps 32 --end_steps 1 \
     --steps_per_stage 250 --last_stages_steps 300 1300 1900 --lora_rank 64 --lora_alpha 64 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 2e-3 --batch_size $((32 / processes)) \

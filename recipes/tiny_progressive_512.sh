@@ -3,15 +3,7 @@
 # the undistilled teacher at the same steps, with the plot of quality against steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-launch() {
-    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
-}
+source recipes/common/launch.sh
 launch train_progressive.py --start_steps 512 --end_steps 4 --steps_per_stage 100 --last_stages_steps 200 \
     --lora_rank 32 --lora_alpha 32 --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 2e-3 --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \

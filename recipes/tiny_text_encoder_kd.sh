@@ -3,15 +3,7 @@
 # The global batch of 64, and so the result, is the same however many processes share it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-processes=1 config=accelerate_configs/single_gpu.yaml
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
-    config=accelerate_configs/cpu.yaml
-    [ "$(env -u OMP_NUM_THREADS nproc)" -lt 2 ] || processes=2
-fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-launch() {
-    accelerate launch --config_file "$config" --num_processes "$processes" --mixed_precision no "$@"
-}
+source recipes/common/launch.sh
 launch train_text_encoder_kd.py --num_hidden_layers 1 \
     --learning_rate 2e-3 --lr_warmup_steps 50 --lr_scheduler cosine --batch_size $((64 / processes)) --max_steps 2000 \
     --checkpointing_steps 500 --checkpoints_total_limit 2 --output_dir outputs/text_encoder_kd \

@@ -106,6 +106,18 @@ def students(pipelines, tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory):
+    """The folder of a small random DINOv2."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2")
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
 def save_random_lora(pipeline, folder, parent, alpha):
     """A LoRA of rank 2 and random weights for 2 steps, as train_flash_lora.save_final writes it. It stays attached."""
     from diffusers.utils import convert_state_dict_to_diffusers

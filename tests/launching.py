@@ -32,6 +32,11 @@ def quick_student(pipelines, student, folder, *more, **options):
     return quick(pipelines, folder, "--student_model", student, *more, **options)
 
 
+def see_with(dinov2):
+    """Flags of a discriminator that looks with the small random DINOv2."""
+    return ["--discriminator", "dinov2", "--feature_model_name_or_path", dinov2, "--feature_resolution", 28]
+
+
 # Checkpoints
 
 

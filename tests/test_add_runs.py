@@ -1,0 +1,393 @@
+"""train_add.py from start to end: what each update moves, guards, resume, accumulation and processes, its output."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, launch, read_json, run_in_process
+from contract import assert_contract
+from diffusers import UNet2DConditionModel
+from launching import (
+    checkpoint_tensors,
+    error_of,
+    images_in_memory,
+    kill_9_while_saving,
+    quick,
+    see_with,
+    stock_images,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Dinov2Model
+
+import inference
+import train_add
+from common.checkpoint import checkpoints_in
+from common.diffusion import NoiseSchedule
+from common.discriminators import Dinov2Features
+from common.models import load_pipeline, same_weights
+from common.sampling import saved_scheduler
+
+SCRIPT = ROOT / "train_add.py"
+# Far enough that what two runs have in common is not that they hardly moved.
+FAR = ["--lr_warmup_steps", 0, "--learning_rate", 1e-2, "--r1_gamma", 1]
+CLOSE = {"atol": 2e-5, "rtol": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipelines, tmp_path_factory):
+    """Four steps in one go, two updates of the discriminator each, global batch 4, a checkpoint after every one."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    more = ["--discriminator_updates", 2, "--checkpointing_steps", 1]
+    run_in_process(train_add, *quick(pipelines, folder, *FAR, *more, steps=4))
+    return folder
+
+
+def tensors_of(checkpoint):
+    """All tensors of a checkpoint: both networks, both optimizers, the average and the counters."""
+    tensors = checkpoint_tensors(checkpoint, "student")
+    tensors.update({f"heads.{k}": v for k, v in load_file(checkpoint / "discriminator.safetensors").items()})
+    tensors.update({f"skipped.{k}": v for k, v in load_file(checkpoint / "skipped_updates.safetensors").items()})
+    state = torch.load(checkpoint / "optimizer_1.bin", weights_only=True)["state"]
+    tensors.update({f"heads.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    return tensors
+
+
+def assert_same(a, b, **tolerance):
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        if tolerance:
+            torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        else:
+            assert torch.equal(a[key], b[key]), key
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind, flags", [
+    ("v", ["--lora_rank", 4, "--distill_target", "sample", "--num_ddim_steps", 2, "--cache_rollouts", 1]),
+    ("sdxl", ["--r1_form", "finite_difference", "--num_student_steps", 2]),
+    ("sd", ["--discriminator", "dinov2", "--lambda_distill", 0]),
+])  # fmt: skip
+def test_every_kind_trains_and_keeps_the_contract(pipelines, dinov2, tmp_path, monkeypatch, kind, flags):
+    more = ["--gradient_checkpointing", "--export", "fp16", *(see_with(dinov2) if "dinov2" in flags else [])]
+    more += ["--validation_prompts", "a ring", "--validation_steps", 2, "--num_validation_images", 2]
+    lines = []
+    monkeypatch.setattr(train_add.Accelerator, "log", lambda self, values, **_: lines.append(values))
+    run_in_process(train_add, *quick(pipelines, tmp_path, *flags, *more, kind=kind))
+    counts = [1, 2] if "--num_student_steps" in flags else [1, 2, 4]
+    assert [f"diversity_{n}_steps" for n in counts] == [name for line in lines for name in line if "diversity" in name]
+    final, lora = tmp_path / "final", "--lora_rank" in flags
+    contract, steps = read_json(final / "distillation.json"), 2 if "--num_student_steps" in flags else 4
+    assert contract["method"] == "add" and contract["parent"] == pipelines(kind)
+    assert (contract["guidance"], contract["target"], contract["steps"]) == ("baked", "x0", steps)
+    pipeline = load_pipeline(pipelines(kind) if lora else final)
+    if lora:
+        pipeline.load_lora_weights(final)
+        pipeline.scheduler = saved_scheduler(final)
+    saved = pipeline.scheduler
+    for count in counts:
+        assert_contract(pipeline, saved, contract, count)
+    assert (tmp_path / "samples" / "step-2.png").is_file() and (final / "README.md").is_file()
+    exported = load_pipeline(tmp_path / "final-fp16", dtype=torch.float16)
+    assert type(exported.scheduler) is type(saved)
+
+
+def test_what_each_update_moves(pipelines, tmp_path, monkeypatch):
+    """The student's backward gives the heads no gradient, the heads' changes none of the student's; the rest rests."""
+    made, seen = {}, []
+
+    def keep(name):
+        original = getattr(train_add, name)
+        monkeypatch.setattr(train_add, name, lambda *arguments: made.setdefault(name, original(*arguments)))
+
+    keep("UNetFeatures"), keep("Heads"), keep("EMA")
+    backward, clip = train_add.Accelerator.backward, train_add.clip_grad_norm_
+
+    def spy_backward(self, loss, **options):
+        backward(self, loss, **options)
+        seen.append(("backward", [p.grad for p in made["Heads"].parameters()]))
+        made["gradients"] = [p.grad.clone() for p in made["student"]]
+
+    def spy_clip(parameters, *arguments):
+        parameters = list(parameters)
+        if len(parameters) == len(list(made["Heads"].parameters())):
+            seen.append(("heads", [p.grad for p in made["student"]]))  # already stepped and cleared
+        else:
+            seen.append(("student", [torch.equal(p.grad, g) for p, g in zip(parameters, made["gradients"])]))
+        return clip(parameters, *arguments)
+
+    def spy_checkpoint(accelerator, trained, emas):
+        made["student"] = list(trained["student"].values())
+        return train_add_hooks(accelerator, trained, emas)
+
+    train_add_hooks = train_add.register_checkpoint_hooks
+    monkeypatch.setattr(train_add, "register_checkpoint_hooks", spy_checkpoint)
+    monkeypatch.setattr(train_add.Accelerator, "backward", spy_backward)
+    monkeypatch.setattr(train_add, "clip_grad_norm_", spy_clip)
+    more = ["--discriminator_start_step", 1, "--checkpointing_steps", 1]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, steps=2))
+    assert [what for what, _ in seen] == ["backward", "student", "backward", "student", "heads"]
+    for what, values in seen:
+        assert all(values) if what == "student" else all(value is None for value in values), what
+    for step, trained in ((1, False), (2, True)):
+        state = torch.load(tmp_path / f"checkpoint-{step}/optimizer_1.bin", weights_only=True)["state"]
+        assert bool(state) == trained  # the discriminator starts with the second step
+    assert same_weights(made["UNetFeatures"].unet, load_pipeline(pipelines()).unet)
+
+
+def test_the_teachers_x0_of_the_student_renoised(pipelines, tmp_path, monkeypatch):
+    """The score target, from what the run itself drew: x_psi at (alpha_t x^ + sigma_t eps', t), weighted alpha_t."""
+    seen = {}
+
+    def spy(name):
+        original = getattr(train_add, name)
+
+        def called(*arguments):
+            result = original(*arguments)
+            seen[name] = arguments, result
+            return result
+
+        monkeypatch.setattr(train_add, name, called)
+
+    spy("draw"), spy("predict_guided"), spy("distillation_loss")
+    run_in_process(train_add, *quick(pipelines, tmp_path, "--guidance_scale", 3, steps=1))
+    _, (_, t, _, noise) = seen["draw"]
+    (_, z, asked, *_, guidance_scale), output = seen["predict_guided"]
+    (x_student, x_teacher, weights), _ = seen["distillation_loss"]
+    schedule = NoiseSchedule(load_pipeline(pipelines()).scheduler)
+    assert guidance_scale == 3 and torch.equal(asked, t) and len(t.unique()) > 1
+    torch.testing.assert_close(z, schedule.alpha(t) * x_student + schedule.sigma(t) * noise)
+    torch.testing.assert_close(x_teacher, schedule.to_x0(output, z, t))
+    assert torch.equal(weights, schedule.alpha(t).flatten()) and x_student.requires_grad
+
+
+def test_the_discriminator_looks_at_timesteps_of_its_own(pipelines, tmp_path, monkeypatch):
+    """Real, fake and mismatched latents of a sample at the same one, which differ from sample to sample."""
+    looked, drawn, original_draw, original = [], [], train_add.draw_judged, train_add.UNetFeatures.__call__
+
+    def draw_judged(*arguments):
+        drawn.append(original_draw(*arguments)[0])
+        return original_draw(*arguments)
+
+    def look(self, z, timesteps, conditioning):
+        looked.append(timesteps)
+        return original(self, z, timesteps, conditioning)
+
+    monkeypatch.setattr(train_add, "draw_judged", draw_judged)
+    monkeypatch.setattr(train_add.UNetFeatures, "__call__", look)
+    run_in_process(train_add, *quick(pipelines, tmp_path, "--mismatched_captions"))
+    assert len(drawn) == 2 and all(len(t.unique()) > 1 for t in drawn) and not torch.equal(*drawn)
+    assert len(looked) == 6 and all(torch.equal(t, drawn[i // 3]) for i, t in enumerate(looked))
+
+
+def test_what_dinov2_looks_with_rests(pipelines, dinov2, tmp_path, monkeypatch):
+    made = []
+    for name in ("Dinov2Features", "load_pipeline"):
+        original = getattr(train_add, name)
+        keep = lambda *arguments, original=original, **more: made.append(original(*arguments, **more)) or made[-1]  # noqa: E731
+        monkeypatch.setattr(train_add, name, keep)
+    monkeypatch.setattr(train_add.Dinov2Features, "check", Dinov2Features.check, raising=False)
+    run_in_process(train_add, *quick(pipelines, tmp_path, *FAR, *see_with(dinov2)))
+    looks = next(x for x in made if isinstance(x, Dinov2Features))
+    assert same_weights(looks.model, Dinov2Model.from_pretrained(dinov2))
+    for part in ("vae", "text_encoder"):
+        assert same_weights(getattr(made[0], part), getattr(load_pipeline(pipelines()), part))
+
+
+def test_cached_rollouts_are_the_same_targets_again(pipelines, tmp_path, monkeypatch):
+    """Steps 3 and 4 have the data and targets of 1 and 2, and the discriminator new noise; resume asks anew."""
+    targets, calls, judged = [], [], []
+    originals = train_add.distillation_loss, train_add.ddim_rollout, train_add.draw_judged
+
+    def loss(x_student, x_teacher, weights):
+        targets.append(x_teacher)
+        return originals[0](x_student, x_teacher, weights)
+
+    def draw_judged(*arguments):
+        judged.append(originals[2](*arguments))
+        return judged[-1]
+
+    monkeypatch.setattr(train_add, "distillation_loss", loss)
+    monkeypatch.setattr(train_add, "ddim_rollout", lambda *arguments: calls.append(0) or originals[1](*arguments))
+    monkeypatch.setattr(train_add, "draw_judged", draw_judged)
+    more = ["--distill_target", "sample", "--num_ddim_steps", 2, "--cache_rollouts", 2, "--checkpointing_steps", 1]
+    more += ["--discriminator_updates", 2, "--gradient_accumulation_steps", 2, "--batch_size", 2, *FAR]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "run", *more, steps=4))
+    assert len(targets) == 8 and len(calls) == 4
+    assert all(torch.equal(a, b) for a, b in zip(targets[:4], targets[4:]))
+    assert len({times.tolist()[0] for times, *_ in judged}) > 8  # of 16: 2 updates of 2 micro-batches in 4 steps
+    shutil.copytree(tmp_path / "run/checkpoint-3", tmp_path / "resumed/checkpoint-3")
+    resume = ["--resume_from_checkpoint", "latest"]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "resumed", *more, *resume, steps=4))
+    assert_same(tmp_path / "resumed/checkpoint-4", tmp_path / "run/checkpoint-4")
+
+
+def test_the_discriminators_learning_rate_starts_with_it(pipelines, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(train_add.Accelerator, "log", lambda self, values, **_: lines.append(values))
+    more = ["--discriminator_start_step", 2, "--lr_scheduler", "linear", "--lr_warmup_steps", 1]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, "--learning_rate", 0.5, steps=5))
+    assert [line["lr"] for line in lines] == pytest.approx([0.5, 0.5, 0.375, 0.25, 0.125])
+    assert [line.get("discriminator_lr") for line in lines] == [None, None, *map(pytest.approx, (1e-3, 1e-3, 5e-4))]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(pipelines, tmp_path, monkeypatch, capsys):
+    """A batch of NaN: neither network, neither optimizer and not the average move, and training goes on."""
+    original, calls = train_add.encode_images, []
+
+    def broken(vae, pixels):
+        calls.append(None)
+        return original(vae, pixels) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(train_add, "encode_images", broken)
+    run_in_process(train_add, *quick(pipelines, tmp_path / "run", "--checkpointing_steps", 1, steps=3))
+    before, after, later = (tensors_of(tmp_path / f"run/checkpoint-{n}") for n in (1, 2, 3))
+    for key in before:
+        same = torch.equal(before[key], after[key])
+        assert same != key.startswith("skipped"), key
+    assert before["skipped.student"].tolist() == before["skipped.discriminator"].tolist() == [0, 0]
+    assert after["skipped.student"].tolist() == after["skipped.discriminator"].tolist() == [1, 1]
+    assert later["skipped.student"].tolist() == later["skipped.discriminator"].tolist() == [1, 0]
+    assert all(value.isfinite().all() for value in later.values())
+    # The average's warm-up counts its own updates, so a resumed run goes on as the whole one did.
+    monkeypatch.setattr(train_add, "encode_images", original)
+    shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    more = ["--resume_from_checkpoint", "latest"]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "resumed", *more, steps=3))
+    assert_same(tmp_path / "resumed/checkpoint-3", tmp_path / "run/checkpoint-3")
+
+
+def test_too_many_skipped_in_a_row_end_the_run(pipelines, tmp_path, monkeypatch, capsys):
+    original = train_add.encode_images
+    monkeypatch.setattr(train_add, "encode_images", lambda *arguments: original(*arguments) * float("nan"))
+    error = error_of(train_add, quick(pipelines, tmp_path, "--max_skipped_updates", 2, steps=5), capsys)
+    assert "error: 2 updates of the student in a row had no finite gradient, up to step 2" in error
+    assert not (tmp_path / "final").exists()
+
+
+def test_image_conditioning_is_left_out_at_pure_noise(pipelines, dinov2, tmp_path, monkeypatch):
+    conditions, times = [], []
+    original, original_predict = train_add.judge, train_add.predict
+
+    def spy(heads, real, fake, condition, *arguments):
+        conditions.append(condition)
+        return original(heads, real, fake, condition, *arguments)
+
+    def spy_predict(unet, z, timesteps, *arguments):
+        times.append(timesteps)
+        return original_predict(unet, z, timesteps, *arguments)
+
+    monkeypatch.setattr(train_add, "judge", spy)
+    monkeypatch.setattr(train_add, "predict", spy_predict)
+    run_in_process(train_add, *quick(pipelines, tmp_path, *see_with(dinov2), "--train_batch_size", 8, steps=1))
+    image = conditions[0][:, -16:]
+    assert torch.equal((image == 0).all(dim=1), times[0] == 999) and (times[0] == 999).any() and (times[0] < 999).any()
+
+
+def test_accumulation_is_the_large_batch(pipelines, uninterrupted, tmp_path):
+    more = [*FAR, "--discriminator_updates", 2]
+    split = ["--gradient_accumulation_steps", 4, "--batch_size", 1]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "split", *more, *split))
+    assert_same(tmp_path / "split/checkpoint-2", uninterrupted / "checkpoint-2", **CLOSE)
+    with pytest.raises(AssertionError):  # the tolerance tells one step from the next
+        assert_same(uninterrupted / "checkpoint-1", uninterrupted / "checkpoint-2", **CLOSE)
+    more += ["--r1_form", "finite_difference"]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "finite", *more))
+    run_in_process(train_add, *quick(pipelines, tmp_path / "finite_split", *more, *split))
+    assert_same(tmp_path / "finite_split/checkpoint-2", tmp_path / "finite/checkpoint-2", **CLOSE)
+
+
+@pytest.mark.parametrize("discriminator", ["unet", "dinov2"])
+def test_mismatched_captions_are_the_same_however_the_batch_is_split(pipelines, dinov2, tmp_path, discriminator):
+    more = ["--mismatched_captions", *FAR, *(see_with(dinov2) if discriminator == "dinov2" else [])]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "whole", *more))
+    split = ["--gradient_accumulation_steps", 2, "--batch_size", 2]
+    run_in_process(train_add, *quick(pipelines, tmp_path / "split", *more, *split))
+    assert_same(tmp_path / "whole/checkpoint-2", tmp_path / "split/checkpoint-2", **CLOSE)
+    run_in_process(train_add, *quick(pipelines, tmp_path / "without", *more[1:]))
+    heads = [load_file(tmp_path / run / "checkpoint-2/discriminator.safetensors") for run in ("whole", "without")]
+    assert not torch.equal(*(torch.cat([x.flatten() for x in tensors.values()]) for tensors in heads))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, processes):
+    """Discriminator, both optimizers and counters too. Two processes are one, up to the order of a sum."""
+    more = [*FAR, "--discriminator_updates", 2, "--checkpointing_steps", 2, "--batch_size", 4 // processes]
+    arguments = quick(pipelines, tmp_path / "run", *more, steps=4)
+    kill_9_while_saving(tmp_path, ".checkpoint-4.tmp", SCRIPT, *arguments, processes=processes)
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2]
+    resume = [*arguments, "--resume_from_checkpoint", "latest"]
+    whole = uninterrupted
+    if processes == 1:
+        run_in_process(train_add, *resume)
+    else:
+        launch(SCRIPT, *resume, processes=2)
+        whole = tmp_path / "whole"
+        launch(SCRIPT, *quick(pipelines, whole, *more, steps=4), processes=2)
+        assert_same(whole / "checkpoint-4", uninterrupted / "checkpoint-4", **CLOSE)
+    assert_same(tmp_path / "run/checkpoint-4", whole / "checkpoint-4")
+
+
+def test_a_student_model_is_the_start(pipelines, uninterrupted, tmp_path):
+    """A step of no length leaves what it started as."""
+    start = uninterrupted / "final"
+    more = ["--student_model", start, "--learning_rate", 1e-30]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *more, steps=1))
+    assert same_weights(load_pipeline(tmp_path / "final").unet, load_pipeline(start).unet)
+    assert not same_weights(load_pipeline(start).unet, load_pipeline(pipelines()).unet)
+
+
+def test_bf16_trains_fp32_weights(pipelines, tmp_path):
+    run_in_process(train_add, *quick(pipelines, tmp_path, "--mixed_precision", "bf16"))
+    for key, value in tensors_of(tmp_path / "checkpoint-2").items():
+        assert value.isfinite().all() and (value.dtype == torch.float32 or key.startswith("skipped")), key
+    mine, stored = load_pipeline(tmp_path / "final"), load_pipeline(pipelines())
+    assert torch.equal(mine.vae.encoder.conv_in.weight, stored.vae.encoder.conv_in.weight)
+
+
+# The output
+
+
+def test_stock_diffusers_loads_it(uninterrupted, tmp_path):
+    pipeline = load_pipeline(uninterrupted / "final")
+    average = load_file(uninterrupted / "checkpoint-4/student_ema.safetensors")
+    assert all(torch.equal(p, average[name]) for name, p in pipeline.unet.named_parameters())
+    stock = stock_images(uninterrupted / "final", 2, tmp_path)
+    torch.testing.assert_close(stock, images_in_memory(pipeline, 2), atol=1e-6, rtol=0)
+
+
+def test_image_to_image_in_two_steps(uninterrupted, tmp_path, monkeypatch):
+    """As SD-Turbo does: two steps at strength 0.5 are one pass, at the second timestep, from the image."""
+    times, original = [], UNet2DConditionModel.forward
+
+    def forward(self, sample, timestep, *arguments, **more):
+        times.append(int(timestep))
+        return original(self, sample, timestep, *arguments, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    made = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+        run_in_process(
+            inference, "--pretrained_model_name_or_path", uninterrupted / "final", "--steps", 2, "--strength", 0.5,
+            "--init_image", tmp_path / f"{color}.png", "--prompt", "a ring", "--outdir", tmp_path / color,
+            "--clip_model", "none", "--device", "cpu")  # fmt: skip
+        made += [Image.open(path).tobytes() for path in (tmp_path / color / "images").rglob("*.png")]
+    assert set(times) == {499} and len(made) == 2 and made[0] != made[1]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", 4]], ids=["full", "lora"])
+def test_fp16_trains_and_resumes(pipelines, tmp_path, gpu, flags):
+    fp16 = [*flags, "--mixed_precision", "fp16"]
+    run_in_process(train_add, *quick(pipelines, tmp_path, *fp16))
+    run_in_process(train_add, *quick(pipelines, tmp_path, *fp16, "--resume_from_checkpoint", "latest", steps=4))
+    for step in (2, 4):
+        tensors = load_file(tmp_path / f"checkpoint-{step}/student.safetensors")
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in tensors.values())
