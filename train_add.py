@@ -26,6 +26,7 @@ import argparse
 import itertools
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -431,13 +432,14 @@ def main(args):
     head_parameters = dict(plain_heads.named_parameters())
 
     # 3 optimizers
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay,
             "eps": args.adam_epsilon}  # fmt: skip
     optimizer = optimizer_class(parameters.values(), lr=args.learning_rate, **adam)
-    head_optimizer = torch.optim.AdamW(head_parameters.values(), lr=args.discriminator_learning_rate, **adam)
+    head_optimizer = torch.optim.AdamW(
+        head_parameters.values(), lr=args.discriminator_learning_rate, fused=True, **adam)  # fmt: skip
 
     # 4 prepare, register, resume
     student, heads, optimizer, head_optimizer = accelerator.prepare(unet, plain_heads, optimizer, head_optimizer)

@@ -19,6 +19,7 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -315,7 +316,7 @@ def main(args):
             raise UsageError(f"--loss lpips: {error}") from None
 
     # 3 optimizer
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(

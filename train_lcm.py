@@ -26,6 +26,7 @@ a whole pipeline folder with the averaged student in it, which takes its guidanc
 import copy
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -395,7 +396,7 @@ def main(args):
     ema = EMA(parameters, args.ema_decay)
 
     # 3 optimizer
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(

@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -369,7 +370,7 @@ def main(args):
     ema = EMA(parameters, args.ema_decay)
 
     # 3 optimizer
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(
@@ -440,7 +441,12 @@ def main(args):
                 batch = next(dataloader)
                 with accelerator.accumulate(student):
                     conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                    latents = encode_images(vae, batch["pixel_values"])
+                    if num_steps > 1:
+                        latents = encode_images(vae, batch["pixel_values"])
+                    else:  # from pure noise alone, whatever the images
+                        size = args.resolution // factor
+                        latents = torch.zeros(len(batch["captions"]), unet.config.in_channels, size, size)
+                        latents = latents.to(accelerator.device)
                     noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, num_steps)
                     timesteps, mid_timesteps, next_timesteps = (times[slots] for times in grid)
                     timestep_cond = None

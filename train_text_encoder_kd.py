@@ -20,6 +20,7 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -390,7 +391,7 @@ def main(args):
     ema = EMA(parameters, args.ema_decay)
 
     # 3 optimizer
-    optimizer_class = torch.optim.AdamW
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(

@@ -206,6 +206,9 @@ def plot(rows, x, series, path):
             for row in chosen if series != "model" else []:
                 axis.annotate(row["model"], (row[x], row[name]), fontsize=7)
         axis.set(xlabel=x, ylabel=QUALITY[name])
+        values = [row[name] for row in rows if name in row]
+        if name in ("fid", "frechet_clip") and 0 < 10 * min(values) < max(values):
+            axis.set_yscale("log")  # a distance without bounds: one failure would flatten all the others
         if x == "steps":  # 512, 256, ... 1
             counts = sorted({row[x] for row in rows})
             axis.set_xscale("log", base=2)

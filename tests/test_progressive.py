@@ -177,6 +177,29 @@ def test_guidance_goes_into_the_first_halving_alone(pipelines, uninterrupted, tm
     assert not scales and read_json(tmp_path / "b/final/distillation.json")["guidance_scale"] == 1
 
 
+def test_one_step_starts_from_noise_alone(pipelines, tmp_path, monkeypatch):
+    calls = {"draw": [], "encode_images": [], "predict": []}
+
+    def spy(name):
+        original = getattr(train_progressive, name)
+
+        def called(*arguments):
+            result = original(*arguments)
+            calls[name].append(result if name == "draw" else arguments[1])
+            return result
+
+        monkeypatch.setattr(train_progressive, name, called)
+
+    for name in calls:
+        spy(name)
+    more = ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 1, "--guidance_scale", 1]
+    run_in_process(train_progressive, *quick(pipelines, tmp_path, *more))
+    assert len(calls["encode_images"]) == 1  # in the stage of two steps
+    teacher_starts, _, student_starts = calls["predict"][3:]
+    noise, _, _ = calls["draw"][1]
+    assert torch.equal(teacher_starts, noise) and torch.equal(student_starts, noise)
+
+
 def test_a_teacher_with_guidance_as_an_input_keeps_it(pipelines, tmp_path):
     pipeline = load_pipeline(pipelines())
     pipeline.unet = with_guidance_input(pipeline.unet, 32)
