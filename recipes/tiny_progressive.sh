@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common/launch.sh
 launch train_progressive.py --start_steps 32 --end_steps 1 \
-    --steps_per_stage 250 --last_stages_steps 300 1300 1900 --lora_rank 64 --lora_alpha 64 \
+    --steps_per_stage 250 --last_stages_steps 300 600 1600 2500 --lora_rank 64 --lora_alpha 64 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
-    --learning_rate 2e-3 --batch_size $((32 / processes)) \
+    --learning_rate 1.5e-3 --batch_size $((32 / processes)) \
     --checkpointing_steps 200 --checkpoints_total_limit 2 --output_dir outputs/progressive \
     --resume_from_checkpoint latest "$@"
