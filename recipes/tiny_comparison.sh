@@ -2,7 +2,7 @@
 # Three ways to few steps on one teacher, with the same data and compute: recipes/tiny_flash_lora.sh, tiny_lcm.sh and a
 # short progressive distillation, 250,000 UNet passes each, where one latent through the UNet is a pass and its backward
 # two more. Judged together, beside the undistilled teacher at the same step counts and tiny_progressive.sh, which takes
-# 2.6 times the compute. Run again to go on where it stopped.
+# 3.4 times the compute. Run again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash recipes/tiny_flash_lora.sh
