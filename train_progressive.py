@@ -444,9 +444,8 @@ def main(args):
                     if num_steps > 1:
                         latents = encode_images(vae, batch["pixel_values"])
                     else:  # from pure noise alone, whatever the images
-                        size = args.resolution // factor
-                        latents = torch.zeros(len(batch["captions"]), unet.config.in_channels, size, size)
-                        latents = latents.to(accelerator.device)
+                        shape = len(batch["captions"]), unet.config.in_channels, *[args.resolution // factor] * 2
+                        latents = torch.zeros(shape, device=accelerator.device)
                     noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, num_steps)
                     timesteps, mid_timesteps, next_timesteps = (times[slots] for times in grid)
                     timestep_cond = None

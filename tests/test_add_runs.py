@@ -356,7 +356,7 @@ def test_stock_diffusers_loads_it(uninterrupted, tmp_path):
     average = load_file(uninterrupted / "checkpoint-4/student_ema.safetensors")
     assert all(torch.equal(p, average[name]) for name, p in pipeline.unet.named_parameters())
     stock = stock_images(uninterrupted / "final", 2, tmp_path)
-    torch.testing.assert_close(stock, images_in_memory(pipeline, 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock, images_in_memory(pipeline, 2), atol=1e-6, rtol=0)
 
 
 def test_image_to_image_in_two_steps(uninterrupted, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch import nn
 
 import evaluate
 import inference
-from common import image_sets, metrics, shapes
+from common import image_sets, metrics, results, shapes
 from common.validation import write_distillation
 
 JUDGED = ("clip_score", "r_precision", "scene_accuracy", "frechet_clip")
@@ -248,6 +248,19 @@ def test_short_names():
     assert names(["assets/tiny-sd", "out/kd/final", "out/stage-8"]) == ["tiny-sd", "kd", "stage-8"]
     assert names(["a/kd/final", "b/kd/final", "a/kd/final"]) == ["a/kd", "b/kd", "a/kd"]
     assert names(["1/a/kd", "2/a/kd"]) == ["1/a/kd", "2/a/kd"]
+
+
+@pytest.mark.parametrize("worst, scale", [(5.0, "linear"), (49.0, "log")])
+def test_one_failed_distance_does_not_flatten_the_others(tmp_path, monkeypatch, worst, scale):
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    rows = [{"model": "a", "steps": 2, "frechet_clip": 1.0}, {"model": "a", "steps": 1, "frechet_clip": worst}]
+    results.plot(rows, "steps", "model", tmp_path / "plot.png")
+    monkeypatch.undo()
+    assert [axis.get_yscale() for axis in drawn[0].axes] == [scale]
+    plt.close(drawn[0])
 
 
 def test_reference_and_trained_steps(root, pipelines, tmp_path):

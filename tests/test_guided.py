@@ -325,6 +325,7 @@ def test_contract_of_an_embedded_scale(pipelines, kind):
 
 @pytest.mark.parametrize("variant, scale", [("fixed", 1.0), ("embed", 7.5), ("lora", 1.0)])
 def test_inference_samples_it_as_trained(trained, tmp_path, monkeypatch, variant, scale):
+    final = trained(variant).folder / "final"  # before the spy, which must not see the training
     batches, forward = [], UNet2DConditionModel.forward
 
     def spy(unet, sample, *arguments, **options):
@@ -332,7 +333,6 @@ def test_inference_samples_it_as_trained(trained, tmp_path, monkeypatch, variant
         return forward(unet, sample, *arguments, **options)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
-    final = trained(variant).folder / "final"
     run_in_process(
         inference, "--lora_path" if variant == "lora" else "--pretrained_model_name_or_path", final, "--prompt",
         "a red ring", "--steps", 2, "--clip_model", "none", "--reader", "none", "--outdir", tmp_path)  # fmt: skip

@@ -331,7 +331,7 @@ def test_stock_diffusers_loads_a_full_unet(uninterrupted, tmp_path):
     pipeline = load_pipeline(uninterrupted / "final")
     assert isinstance(pipeline.scheduler, LCMScheduler)
     stock = stock_images(uninterrupted / "final", 4, tmp_path)
-    torch.testing.assert_close(stock, images_in_memory(pipeline, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stock, images_in_memory(pipeline, 4), atol=1e-6, rtol=0)
     assert not torch.equal(stock, images_in_memory(pipeline, 4, guidance_scale=7.5))
 
 

@@ -1,6 +1,5 @@
 # Sourced by the tiny recipes: `launch script.py ...` on one GPU or, without one, on two CPU processes of one thread
-# each, which are faster than one process of two threads. A recipe divides its global batch by $processes: the result
-# does not depend on how it is split.
+# each. A recipe divides its global batch by $processes: the result does not depend on how it is split.
 processes=1 config=accelerate_configs/single_gpu.yaml
 if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
     config=accelerate_configs/cpu.yaml
