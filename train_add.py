@@ -100,7 +100,8 @@ def parse_args(argv=None):
     add("--lora_targets", nargs="+",
         help="of a LoRA: UNet layers to adapt (default: to_q to_k to_v to_out.0)")  # fmt: skip
     add = parser.add_argument_group("distillation").add_argument
-    add("--lambda_distill", type=arguments.weight, default=2.5, help="weight of the teacher's term; 0: none")
+    add("--lambda_distill", type=arguments.weight, default=2.5,
+        help="weight of the teacher's term (0: none); docs/add.md has what higher ones do")  # fmt: skip
     add("--distill_target", choices=("score", "sample"), default="score",
         help="teacher's x0 of the re-noised student, or its sample from the student's input")  # fmt: skip
     add("--distill_timesteps", type=arguments.natural, nargs=2, metavar=("MIN", "MAX"),
