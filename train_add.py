@@ -641,9 +641,12 @@ def main(args):
             validate()
         for name, (_, in_a_row) in skipped.items():
             if in_a_row >= args.max_skipped_updates:
+                # Each network is what its last finite update left. No other checkpoint makes room for this one.
+                save_checkpoint(accelerator, folder, step, identity, global_batch_size, args.max_train_steps)
                 raise UsageError(f"{in_a_row} updates of the {name} in a row had no finite gradient, up to step "
-                                 f"{step}: start again in another --run_name with a lower learning rate for it, or "
-                                 "with bf16 instead of fp16.")  # fmt: skip
+                                 f"{step}; checkpoint-{step} keeps what came before them. Start again in another "
+                                 "--run_name, with a lower learning rate for it or with bf16 instead of fp16; or, "
+                                 "where the data of these steps are broken, resume.")  # fmt: skip
         if stop.requested(accelerator) and step < args.max_train_steps:
             save()
             accelerator.print(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")
