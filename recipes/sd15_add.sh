@@ -18,4 +18,4 @@ train --run_name sd15_add_start --distill_target sample --num_ddim_steps 8 --gui
     --max_steps 6000 --discriminator_start_step 6000 "$@"
 train --run_name sd15_add --student_model checkpoints/sd15_add_start/final \
     --distill_target score --distill_timesteps 50 400 --guidance_scale 10 --lambda_distill 30 --r1_gamma 1e-4 \
-    --discriminator unet --discriminator_learning_rate 1e-4 --max_steps 4000 "$@"
+    --discriminator_learning_rate 1e-4 --max_steps 4000 "$@"
