@@ -33,10 +33,13 @@ from accelerate.utils import parse_flag_from_env
 from huggingface_hub import snapshot_download
 from PIL import ImageOps
 
-from common import arguments, metrics, results, shapes
-from common.arguments import UsageError
-from common.data import load_dataset_from_args, sample_generator
-from common.image_sets import (
+from common import arguments, shapes
+from common.conditioning import is_sdxl
+from common.contract import TINY_SD, comes_from_tiny_sd, read_distillation, resolve_parent, sampling_guidance
+from common.data import load_dataset_from_args
+from common.errors import UsageError
+from common.judging import metrics, results
+from common.judging.image_sets import (
     image_files,
     open_image,
     real_dataset,
@@ -46,39 +49,34 @@ from common.image_sets import (
     sharded,
     to_pixels,
 )
-from common.models import TINY_SD, comes_from_tiny_sd, is_sdxl, load_pipeline, read_pipeline_config
-from common.sampling import (
-    check_lora_path,
-    default_batch_size,
-    guidance,
-    is_hub_id,
-    list_timesteps,
-    load_lora,
-    read_contract,
-    read_prompts_file,
-    resolve_parent,
-    sample_timed,
-    saved_scheduler,
-    scheduler_for,
-    slug,
-)
-from common.validation import image_grid
+from common.judging.previews import image_grid
+from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
+from common.lora import check_lora_path, is_hub_id, load_lora
+from common.pipelines import load_pipeline, read_pipeline_config
+from common.randomness import sample_generator
+from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
 
 GRID_IMAGES = 8
 NUM_IMAGES = 200  # unless the flag, a folder or the captions say otherwise
 SIZES = ("unet_parameters", "text_encoder_parameters", "vae_parameters", "parameters", "bytes_on_disk")
 COLUMNS = (
     *(name for name in results.COLUMNS if not name.startswith(("prompt", "peak_memory"))),
-    "fid", "lpips", "lpips_low", "lpips_high", *SIZES,
-)  # fmt: skip
+    "fid",
+    "lpips",
+    "lpips_low",
+    "lpips_high",
+    *SIZES,
+)
 TABLE = (
     *(column for column in results.TABLE if column[0] not in ("no decode", "peak MiB")),
     ("FID", "fid", "{:.2f}".format),
     ("LPIPS", "lpips", "{:.3f}".format),
-    *((f"{part} M", f"{name}_parameters", lambda count: f"{count / 1e6:.2f}")
-      for part, name in (("UNet", "unet"), ("text", "text_encoder"), ("VAE", "vae"))),
+    *(
+        (f"{part} M", f"{name}_parameters", lambda count: f"{count / 1e6:.2f}")
+        for part, name in (("UNet", "unet"), ("text", "text_encoder"), ("VAE", "vae"))
+    ),
     ("disk MB", "bytes_on_disk", lambda count: f"{count / 1e6:.1f}"),
-)  # fmt: skip
+)
 
 
 def parse_args(argv=None):
@@ -97,16 +95,26 @@ def parse_args(argv=None):
     add("--caption_column", help="caption column (default: the first that looks like one)")
     add("--caption_template", default="a photo of a {label}", help="caption of a class-label set")
     add("--real_dir", help="folder of real images, without captions")
-    add("--num_real_images", type=arguments.positive_int,
-        help="the first so many real images (default: 2000 renders; --real_dir's all; else --num_images)")  # fmt: skip
+    add(
+        "--num_real_images",
+        type=arguments.positive_int,
+        help="the first so many real images (default: 2000 renders; --real_dir's all; else --num_images)",
+    )
     add("--cache_dir", default="outputs/real_features", help="where features of real images are kept")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what each was trained for)")
-    add("--trained_steps", action="store_true", help="--steps is for models that take any count; those that sample "
-        "along the steps they were trained for, such as the stages of train_progressive.py, keep theirs")  # fmt: skip
+    add(
+        "--trained_steps",
+        action="store_true",
+        help="--steps is for models that take any count; those that sample "
+        "along the steps they were trained for, such as the stages of train_progressive.py, keep theirs",
+    )
     add("--num_images", type=arguments.positive_int, help="images per configuration (default: a folder's, else 200)")
-    add("--batch_size", type=arguments.positive_int,
-        help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)")  # fmt: skip
+    add(
+        "--batch_size",
+        type=arguments.positive_int,
+        help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)",
+    )
     add("--seed", type=arguments.natural, default=0, help="all noise derives from (seed, caption, image)")
     add("--guidance_scale", type=float, help="of models without guidance baked in (default: what was saved, else 7.5)")
     add("--resolution", type=arguments.positive_int, help="pixels per side (default: each model's own)")
@@ -114,12 +122,15 @@ def parse_args(argv=None):
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
     add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
     add("--inception_path", help="FID: torch-fidelity's Inception weights, a file or 'download' (default: no FID)")
-    add("--lpips_trunk_path", help="LPIPS: torchvision's VGG-16 weights, a file or 'download' (default: no LPIPS)")
+    add("--lpips_trunk_path", help=f"{arguments.LPIPS_HELP} (default: no LPIPS)")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="outputs/evaluate", help="where results, plots and images go")
-    add("--save_images", type=arguments.natural,
+    add(
+        "--save_images",
+        type=arguments.natural,
         help="images saved per configuration, the reference's all where LPIPS needs them "
-             "(default: all up to 200, else the first 64)")  # fmt: skip
+        "(default: all up to 200, else the first 64)",
+    )
     add = parser.add_argument_group("runtime").add_argument
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: fp16 on CUDA, else fp32")
     return parser.parse_args(argv)
@@ -155,8 +166,10 @@ def check_arguments(args):
     if sum(map(bool, (args.prompts_file, args.data_dir, args.dataset_name))) > 1:
         raise UsageError("Give one of --prompts_file, --data_dir and --dataset_name.")
     if args.real_dir and (args.data_dir or args.dataset_name not in (None, "shapes")):
-        raise UsageError("--real_dir and the data set both have real images: leave one out, or take the captions from "
-                         "--prompts_file.")  # fmt: skip
+        raise UsageError(
+            "--real_dir and the data set both have real images: leave one out, or take the captions from "
+            "--prompts_file."
+        )
     for name in ("num_images", "num_real_images"):
         if getattr(args, name) == 1:
             raise UsageError(f"--{name} 1: statistics need two images at least.")
@@ -208,9 +221,11 @@ def plan_model(path, args):
     where, folder = f"--models {path}", Path(path)
     if not (folder / "model_index.json").is_file() and any(folder.glob("*.safetensors")):
         if not check_lora_path(path, "--models"):
-            raise UsageError(f"{where}: a LoRA without distillation.json does not say how it is sampled; inference.py "
-                             "--lora_path takes it.")  # fmt: skip
-        contract = read_contract(path)
+            raise UsageError(
+                f"{where}: a LoRA without distillation.json does not say how it is sampled; inference.py "
+                "--lora_path takes it."
+            )
+        contract = read_distillation(path)
         pipeline = args.pretrained_model_name_or_path or resolve_parent(contract, path)
         return plan_sampling(Model(path, "lora", native_size(pipeline, args), pipeline, contract), args)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -224,7 +239,7 @@ def plan_model(path, args):
         return Model(path, "images", args.resolution or min(open_image(files[0]).size), files=files)
     if not folder.exists() and not is_hub_id(path):
         raise UsageError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
-    return plan_sampling(Model(path, "pipeline", native_size(path, args), path, read_contract(path)), args)
+    return plan_sampling(Model(path, "pipeline", native_size(path, args), path, read_distillation(path)), args)
 
 
 def native_size(pipeline, args):
@@ -238,7 +253,7 @@ def native_size(pipeline, args):
 def plan_sampling(model, args):
     """Steps and guidance of a pipeline or LoRA: as saved, unless a flag says otherwise."""
     given = None if model.contract["guidance"] == "baked" else args.guidance_scale
-    model.guidance_scale, why = guidance(model.contract, given, "--guidance_scale")
+    model.guidance_scale, why = sampling_guidance(model.contract, given, "--guidance_scale")
     trained = model.contract.get("steps")
     bound = trained and model.contract.get("target") == "next"  # one that re-noises (x0) takes other counts too
     asked = None if args.trained_steps and bound else args.steps
@@ -262,8 +277,10 @@ def plan_captions(args, models):
     if args.dataset_name == "shapes" or any(comes_from_tiny_sd(model.path) for model in models if model.pipeline):
         return shapes.held_out_captions(), None, True
     if pipelines:
-        raise UsageError(f"{pipelines[0]} needs captions: add --prompts_file, --data_dir or --dataset_name "
-                         "(--dataset_name shapes asks for shapes).")  # fmt: skip
+        raise UsageError(
+            f"{pipelines[0]} needs captions: add --prompts_file, --data_dir or --dataset_name "
+            "(--dataset_name shapes asks for shapes)."
+        )
     return None, None, False
 
 
@@ -285,19 +302,16 @@ def load_judges(args, captions, accelerator):
     device = str(accelerator.device)
     clip, reader = results.load_judges(args.clip_model, args.reader, captions or [""], device)
     networks = {"inception": None, "lpips": None}
-    loaders = {"inception": (metrics.load_inception, args.inception_path, "--inception_path", "FID"),
-               "lpips": (metrics.load_lpips, args.lpips_trunk_path, "--lpips_trunk_path", "LPIPS")}  # fmt: skip
+    loaders = {
+        "inception": (metrics.load_inception, args.inception_path, "--inception_path", "FID"),
+        "lpips": (metrics.load_lpips, args.lpips_trunk_path, "--lpips_trunk_path", "LPIPS"),
+    }
     for name, (load, path, flag, figure) in loaders.items():
         if path is None:
             print(f"No {figure}: {flag} names its weights, or 'download'.", flush=True)
             continue
-        try:
-            with accelerator.main_process_first():  # one downloads
-                networks[name] = load(None if path == "download" else path).to(device)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        except OSError as error:
-            raise UsageError(f"{flag} {path}: the weights can't be fetched ({error}); give a file.") from None
+        with accelerator.main_process_first():  # one downloads
+            networks[name] = load(path).to(device)
     return Judges(clip, reader, **networks, device=device)
 
 
@@ -320,8 +334,12 @@ def sizes_of(model, pipeline):
     folder = Path(model.pipeline)
     if not folder.is_dir():
         folder = Path(snapshot_download(model.pipeline, local_files_only=True))
-    files = [file for name in parts for file in (folder / name).glob("*.safetensors")
-             if re.fullmatch(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors", file.name)]  # fmt: skip
+    files = [
+        file
+        for name in parts
+        for file in (folder / name).glob("*.safetensors")
+        if re.fullmatch(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors", file.name)
+    ]
     if model.kind == "lora":
         files.append(Path(model.path) / "pytorch_lora_weights.safetensors")
     sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
@@ -397,9 +415,15 @@ def evaluate_model(model, number, args, accelerator, judges, captions, real, ref
 
         def sample(indices, steps):
             return sample_timed(
-                pipeline, accelerator.device, prompt=[captions[k] for k in indices], num_inference_steps=steps,
-                guidance_scale=model.guidance_scale, height=model.resolution, width=model.resolution,
-                generator=[sample_generator(args.seed, *jobs[k]) for k in indices])  # fmt: skip
+                pipeline,
+                accelerator.device,
+                prompt=[captions[k] for k in indices],
+                num_inference_steps=steps,
+                guidance_scale=model.guidance_scale,
+                height=model.resolution,
+                width=model.resolution,
+                generator=[sample_generator(args.seed, *jobs[k]) for k in indices],
+            )
 
         warm = set()  # batch sizes that the pipeline has run before it is timed
 
@@ -430,10 +454,17 @@ def evaluate_model(model, number, args, accelerator, judges, captions, real, ref
             rows[0] = {key: value for key, value in rows[0].items() if key in COLUMNS and value is not None}
             if "fid" in figures:
                 rows[0]["fid"] = figures["fid"]
-            done(rows, {
-                "model": model.path, "kind": model.kind, "resolution": model.resolution, "timesteps": timesteps,
-                "scheduler": type(pipeline.scheduler).__name__ if pipeline else None,
-                "files": list(map(str, files[:limit]))})  # fmt: skip
+            done(
+                rows,
+                {
+                    "model": model.path,
+                    "kind": model.kind,
+                    "resolution": model.resolution,
+                    "timesteps": timesteps,
+                    "scheduler": type(pipeline.scheduler).__name__ if pipeline else None,
+                    "files": list(map(str, files[:limit])),
+                },
+            )
         reference = reference or files
         columns["role"] = "model"
     return reference
@@ -487,8 +518,10 @@ def main(args):
     judges = load_judges(args, captions, accelerator)
     if not any((judges.clip and (captions or real), judges.reader, judges.inception, judges.lpips)):
         if all(model.kind == "images" for model in models):
-            raise UsageError("There is nothing to measure: name judges (--clip_model, --inception_path, "
-                             "--lpips_trunk_path), and captions or real images for them.")  # fmt: skip
+            raise UsageError(
+                "There is nothing to measure: name judges (--clip_model, --inception_path, "
+                "--lpips_trunk_path), and captions or real images for them."
+            )
     features = {}  # of the real images, on the main process
     if real and judges.clip:
         network = [metrics.fingerprint(judges.clip.model), list(judges.clip.mean), list(judges.clip.std)]
@@ -498,21 +531,33 @@ def main(args):
     if real and judges.inception:
         network = metrics.fingerprint(judges.inception)
         features["fid"] = real_features(
-            accelerator, args.cache_dir, real, network,
-            lambda pixels: metrics.inception_features(judges.inception, pixels), "Inception")  # fmt: skip
+            accelerator,
+            args.cache_dir,
+            real,
+            network,
+            lambda pixels: metrics.inception_features(judges.inception, pixels),
+            "Inception",
+        )
     for name, kept in features.items():
         if kept is not None and args.num_images <= kept.shape[1]:
             label = "FID" if name == "fid" else "Fréchet (CLIP)"
-            print(f"Note: {label} fits {kept.shape[1]} dimensions to {args.num_images} images: compare it between "
-                  "equally many only.", flush=True)  # fmt: skip
+            print(
+                f"Note: {label} fits {kept.shape[1]} dimensions to {args.num_images} images: compare it between "
+                "equally many only.",
+                flush=True,
+            )
     runs, reference = [], None  # (rows, entry) of each configuration
 
     def done(rows, entry):
         runs.append((rows, entry))
         results.add_ratios([rows for rows, _ in runs])
-        report = {**results.circumstances(str(accelerator.device)), "processes": accelerator.num_processes,
-                  "arguments": vars(args), "real_images": real and {**real.identity, "count": real.count},
-                  "configurations": [{**rows[0], **entry} for rows, entry in runs]}  # fmt: skip
+        report = {
+            **results.circumstances(str(accelerator.device)),
+            "processes": accelerator.num_processes,
+            "arguments": vars(args),
+            "real_images": real and {**real.identity, "count": real.count},
+            "configurations": [{**rows[0], **entry} for rows, entry in runs],
+        }
         results.write_results(output, [rows for rows, _ in runs], report, COLUMNS)
 
     try:

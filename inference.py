@@ -36,26 +36,17 @@ from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffus
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from common import arguments, metrics, results, shapes
-from common.arguments import UsageError
-from common.data import sample_generator
-from common.diffusion import ddim_scheduler, student_scheduler
-from common.models import TINY_SD, comes_from_tiny_sd, is_sdxl, load_pipeline, read_pipeline_config
-from common.sampling import (
-    check_lora_path,
-    default_batch_size,
-    guidance,
-    list_timesteps,
-    load_lora,
-    read_contract,
-    read_prompts_file,
-    resolve_parent,
-    sample_timed,
-    saved_scheduler,
-    scheduler_for,
-    slug,
-)
-from common.validation import image_grid
+from common import arguments, shapes
+from common.conditioning import is_sdxl
+from common.contract import TINY_SD, comes_from_tiny_sd, read_distillation, resolve_parent, sampling_guidance
+from common.errors import UsageError
+from common.judging import metrics, results
+from common.judging.previews import image_grid
+from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
+from common.lora import check_lora_path, load_lora
+from common.pipelines import load_pipeline, read_pipeline_config
+from common.randomness import sample_generator
+from common.schedulers import ddim_scheduler, list_timesteps, saved_scheduler, scheduler_for, student_scheduler
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 SCHEDULERS = {
@@ -70,14 +61,19 @@ MIN_FRECHET_IMAGES = 200
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path",
-        help="pipeline: folder or hub id (default: what the LoRA was made from, else tiny-sd)")  # fmt: skip
+    add(
+        "--pretrained_model_name_or_path",
+        help="pipeline: folder or hub id (default: what the LoRA was made from, else tiny-sd)",
+    )
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
     add("--lora_scale", type=float, default=1.0, help="strength of the LoRA; its alpha comes with its file")
     add("--fuse_lora", action="store_true", help="merge the LoRA into the weights: faster, equal up to rounding")
-    add("--scheduler", choices=tuple(SCHEDULERS),
+    add(
+        "--scheduler",
+        choices=tuple(SCHEDULERS),
         help="for weights that came without one: lcm or ddim on trailing timesteps (Flash LoRAs), or lcm50 on LCM's "
-             "own grid of 50 timesteps (LCM-LoRAs) (default: lcm for an outside LoRA)")  # fmt: skip
+        "own grid of 50 timesteps (LCM-LoRAs) (default: lcm for an outside LoRA)",
+    )
     add = parser.add_argument_group("prompts").add_mutually_exclusive_group().add_argument
     add("--prompt", nargs="+", help="one or more prompts (default: prompts/shapes20.txt or prompts/coco20.txt)")
     add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
@@ -85,8 +81,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what the student learned)")
     add("--num_images", type=arguments.positive_int, default=1, help="images per prompt")
-    add("--batch_size", type=arguments.positive_int,
-        help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)")  # fmt: skip
+    add(
+        "--batch_size",
+        type=arguments.positive_int,
+        help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)",
+    )
     add("--seed", type=int, default=0, help="all noise derives from (seed, prompt, image)")
     add("--guidance_scale", type=float, help="classifier-free guidance (default: what was saved, else 1 for a LoRA)")
     add("--negative_prompt", help="what to guide away from; works only with guidance")
@@ -168,10 +167,10 @@ def make_plan(args):
     """The Plan of these arguments; prints where scheduler and guidance come from. Raises UsageError."""
     lora = args.lora_path
     ours = lora is not None and check_lora_path(lora)
-    contract = read_contract(lora) if ours else {}
+    contract = read_distillation(lora) if ours else {}
     model = args.pretrained_model_name_or_path or (resolve_parent(contract, lora) if ours else str(TINY_SD))
     if lora is None:
-        contract = read_contract(model)
+        contract = read_distillation(model)
     teacher = model
     if lora is None and contract.get("parent"):
         teacher = resolve_parent(contract, model) if args.compare_baseline else contract["parent"]
@@ -188,8 +187,9 @@ def make_plan(args):
     if args.scheduler == "lcm50" and max(steps) > 50:
         raise UsageError(f"--scheduler lcm50: {max(steps)} steps are more than the 50 of its grid.")
 
-    guidance_scale, why = guidance(contract, args.guidance_scale, "--guidance_scale", bool(lora) and not ours)
-    teacher_scale, _ = guidance(read_contract(teacher), args.baseline_guidance_scale, "--baseline_guidance_scale")
+    guidance_scale, why = sampling_guidance(contract, args.guidance_scale, "--guidance_scale", bool(lora) and not ours)
+    given, flag = args.baseline_guidance_scale, "--baseline_guidance_scale"
+    teacher_scale, _ = sampling_guidance(read_distillation(teacher), given, flag)
     if args.negative_prompt and max(guidance_scale, teacher_scale if args.compare_baseline else 0) <= 1:
         raise UsageError("--negative_prompt has no effect on weights that run without guidance: leave it out.")
     named = SCHEDULERS[args.scheduler or "lcm"] + (", from --scheduler" if args.scheduler else ", the default")
@@ -263,8 +263,9 @@ def student_configurations(args, plan, pipeline):
         print(f"Timesteps: {steps} steps of {type(scheduler).__name__} at {shown}{note}.", flush=True)
         name = "student" if args.lora_path or trained else "model"
         guided = f" w={plan.guidance_scale:g}" if plan.guidance_scale > 1 else ""
-        found.append(Configuration(f"{name} {steps} steps{guided}", "student", steps, plan.guidance_scale, scheduler,
-                                   timesteps))  # fmt: skip
+        found.append(
+            Configuration(f"{name} {steps} steps{guided}", "student", steps, plan.guidance_scale, scheduler, timesteps)
+        )
     return found
 
 
@@ -274,8 +275,16 @@ def teacher_configurations(args, plan, pipeline):
     for role, steps in [("baseline", args.baseline_steps), *(("undistilled", steps) for steps in plan.steps)]:
         scheduler = ddim_scheduler(pipeline.scheduler, steps)
         note = " (undistilled)" if role == "undistilled" else ""
-        found.append(Configuration(f"teacher {steps} steps w={scale:g}{note}", role, steps, scale, scheduler,
-                                   list_timesteps(scheduler, steps)))  # fmt: skip
+        found.append(
+            Configuration(
+                f"teacher {steps} steps w={scale:g}{note}",
+                role,
+                steps,
+                scale,
+                scheduler,
+                list_timesteps(scheduler, steps),
+            )
+        )
     return found
 
 
@@ -291,10 +300,15 @@ def generate(pipeline, configuration, prompts, init_image, args):
 
     def run(batch, steps):
         return sample_timed(
-            pipeline, args.device, prompt=[prompts[i] for i, _ in batch], num_inference_steps=steps,
+            pipeline,
+            args.device,
+            prompt=[prompts[i] for i, _ in batch],
+            num_inference_steps=steps,
             negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
             guidance_scale=configuration.guidance_scale,
-            generator=[sample_generator(args.seed, i, j) for i, j in batch], **start_from)  # fmt: skip
+            generator=[sample_generator(args.seed, i, j) for i, j in batch],
+            **start_from,
+        )
 
     for size in {len(batch) for batch in batches}:  # the warm-up: every batch size, few steps where that is possible
         run(jobs[:size], configuration.steps if init_image is not None else min(2, configuration.steps))
@@ -331,14 +345,30 @@ def generate(pipeline, configuration, prompts, init_image, args):
 def report_of(args, plan, runs):
     """results.json: the settings, and every configuration with its rows, timesteps and files."""
     return {
-        **results.circumstances(args.device), "model": plan.model, "lora": args.lora_path, "teacher": plan.teacher,
-        "dtype": args.dtype, "seed": args.seed, "batch_size": args.batch_size, "resolution": args.resolution,
-        "num_images": args.num_images, "clip_model": args.clip_model, "negative_prompt": args.negative_prompt,
-        "init_image": args.init_image, "strength": args.strength if args.init_image else None,
+        **results.circumstances(args.device),
+        "model": plan.model,
+        "lora": args.lora_path,
+        "teacher": plan.teacher,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "resolution": args.resolution,
+        "num_images": args.num_images,
+        "clip_model": args.clip_model,
+        "negative_prompt": args.negative_prompt,
+        "init_image": args.init_image,
+        "strength": args.strength if args.init_image else None,
         "configurations": [
-            {**rows[0], "scheduler": type(configuration.scheduler).__name__, "timesteps": configuration.timesteps,
-             "files": made["files"], "per_prompt": rows[1:]} for configuration, rows, made in runs],
-    }  # fmt: skip
+            {
+                **rows[0],
+                "scheduler": type(configuration.scheduler).__name__,
+                "timesteps": configuration.timesteps,
+                "files": made["files"],
+                "per_prompt": rows[1:],
+            }
+            for configuration, rows, made in runs
+        ],
+    }
 
 
 def write_grids(args, runs, prompts):
@@ -383,9 +413,14 @@ def main(args):
             for configuration in configurations(args, plan, pipeline):
                 made = generate(pipeline, configuration, prompts, init_image, args)
                 figures = results.judged(made["images"], captions, clip, reader, real)
-                columns = {"configuration": configuration.name, "role": configuration.role,
-                           "steps": configuration.steps, "guidance_scale": configuration.guidance_scale,
-                           "batch_size": args.batch_size, **made["memory"]}  # fmt: skip
+                columns = {
+                    "configuration": configuration.name,
+                    "role": configuration.role,
+                    "steps": configuration.steps,
+                    "guidance_scale": configuration.guidance_scale,
+                    "batch_size": args.batch_size,
+                    **made["memory"],
+                }
                 rows = results.rows_of(columns, figures, made["seconds"], prompts)
                 made["shown"] = made.pop("images")[: GRID_PROMPTS * args.num_images : args.num_images]
                 (runs if configuration.role == "student" else teachers).append((configuration, rows, made))

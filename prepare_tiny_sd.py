@@ -35,10 +35,10 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from common import shapes
-from common.data import sample_generator
-from common.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy, shapes_real_features
-from common.models import load_pipeline, read_distillation
-from common.validation import write_distillation
+from common.contract import read_distillation, write_distillation
+from common.judging.metrics import ClipJudge, SceneReader, judge_images, scene_accuracy, shapes_real_features
+from common.pipelines import load_pipeline
+from common.randomness import sample_generator
 
 PARTS = ("reader", "vision", "clip", "vae", "unet", "decoder", "pipeline", "report")
 MAX_TOKENS = 20
@@ -132,11 +132,25 @@ class ClipObjective(nn.Module):
 
     def __init__(self, tokenizer, weights=None):
         super().__init__()
-        text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                    num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-        vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                      image_size=shapes.IMAGE_SIZE, patch_size=4)  # fmt: skip
+        text = dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        vision = dict(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=shapes.IMAGE_SIZE,
+            patch_size=4,
+        )
         self.model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
         self.heads = nn.ModuleDict({name: nn.Linear(128, classes) for name, classes in shapes.ATTRIBUTES.items()})
         self.tokenizer = tokenizer
@@ -208,9 +222,16 @@ class VaeObjective(nn.Module):
     def __init__(self):
         super().__init__()
         model = AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8,
-            block_out_channels=(32, 64, 96), down_block_types=["DownEncoderBlock2D"] * 3,
-            up_block_types=["UpDecoderBlock2D"] * 3, sample_size=shapes.IMAGE_SIZE)  # fmt: skip
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=8,
+            block_out_channels=(32, 64, 96),
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            sample_size=shapes.IMAGE_SIZE,
+        )
         self.model = model.to(memory_format=torch.channels_last)
 
     def forward(self, seed, step, indices, device):
@@ -242,15 +263,31 @@ class UNetObjective(nn.Module):
 
     def __init__(self, tokenizer, latents=None):
         super().__init__()
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=MAX_TOKENS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=96,
+                intermediate_size=384,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
         self.unet = UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(48, 96, 96),
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=2,
+            block_out_channels=(48, 96, 96),
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=96, attention_head_dim=4, norm_num_groups=8)  # fmt: skip
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
         self.tokenizer = tokenizer
         self.latents = latents  # (M, 4, 8, 8), scaled, of training scenes 0 to M - 1
         self.scheduler = train_scheduler()
@@ -361,17 +398,30 @@ def sample_vae(objective):
 def sample_unet(objective, vae):
     pipeline = build_pipeline(objective, vae)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(shapes.held_out_captions(24), num_inference_steps=25, guidance_scale=4.0, output_type="pt",
-                      generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    images = pipeline(
+        shapes.held_out_captions(24),
+        num_inference_steps=25,
+        guidance_scale=4.0,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     return to_image(images * 2 - 1)
 
 
 def build_pipeline(objective, vae):
-    scheduler = DDIMScheduler.from_config(train_scheduler().config, timestep_spacing="trailing", clip_sample=False,
-                                          set_alpha_to_one=True)  # fmt: skip
+    scheduler = DDIMScheduler.from_config(
+        train_scheduler().config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=objective.text_encoder, tokenizer=objective.tokenizer, unet=objective.unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+        vae=vae,
+        text_encoder=objective.text_encoder,
+        tokenizer=objective.tokenizer,
+        unet=objective.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def load_vae(args, device, part="vae"):
@@ -408,12 +458,19 @@ def teacher_images(pipeline, captions, steps, guidance_scale, accelerator, batch
     share = -(-len(captions) // accelerator.num_processes)
     mine = range(len(captions))[accelerator.process_index * share :][:share]
     parts = []
-    for start in tqdm(range(0, share, batch_size), desc=f"{steps} steps, w = {guidance_scale:g}",
-                      disable=not accelerator.is_main_process):  # fmt: skip
+    for start in tqdm(
+        range(0, share, batch_size),
+        desc=f"{steps} steps, w = {guidance_scale:g}",
+        disable=not accelerator.is_main_process,
+    ):
         indices = mine[start : start + batch_size]
         images = pipeline(
-            [captions[i] for i in indices], num_inference_steps=steps, guidance_scale=guidance_scale,
-            generator=[sample_generator(0, i, 0) for i in indices], output_type="pt").images  # fmt: skip
+            [captions[i] for i in indices],
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[sample_generator(0, i, 0) for i in indices],
+            output_type="pt",
+        ).images
         parts.append(images.to(accelerator.device) * 2 - 1)
     return accelerator.gather(torch.cat(parts)).cpu()
 
@@ -437,8 +494,16 @@ def write_pipeline(args, accelerator, tokenizer):
         accelerator.print(f"guidance scale {guidance_scale:g}: scene accuracy {found[guidance_scale]:.3f}", flush=True)
     if accelerator.is_main_process:
         best = max(found, key=found.get)
-        write_distillation(folder, method="prepare_tiny_sd", parent=None, steps=None, timesteps=None,
-                           guidance="cfg", guidance_scale=best, target=None)  # fmt: skip
+        write_distillation(
+            folder,
+            method="prepare_tiny_sd",
+            parent=None,
+            steps=None,
+            timesteps=None,
+            guidance="cfg",
+            guidance_scale=best,
+            target=None,
+        )
         (Path(args.work_dir) / "guidance.json").write_text(json.dumps(found) + "\n")
 
 

@@ -24,9 +24,12 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 
-from common import arguments, compression
-from common.arguments import UsageError
-from common.models import TINY_SD, load_pipeline, read_pipeline_config
+from common import arguments
+from common.compression import students
+from common.compression.manifest import MANIFEST
+from common.contract import TINY_SD
+from common.errors import UsageError
+from common.pipelines import load_pipeline, read_pipeline_config
 
 
 def parse_args(argv=None):
@@ -35,11 +38,16 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", help="teacher pipeline: folder or hub id (default: the embedded tiny-sd)")
     add("--revision", help="revision of the hub id")
     add = parser.add_argument_group("student").add_argument
-    add("--variant", choices=compression.VARIANTS, help="blocks to remove (default: none)")
+    add("--variant", choices=students.VARIANTS, help="blocks to remove (default: none)")
     add("--width_ratio", type=arguments.positive_float, help="all widths times this, such as 0.5 (at most 1)")
     add("--block_out_channels", type=arguments.positive_int, nargs="+", help="widths of the stages that are left")
-    add("--random_init", type=arguments.natural, metavar="SEED", help="take nothing over: weights drawn from this "
-        "seed, to see what the teacher's are worth (default: start from the teacher's)")  # fmt: skip
+    add(
+        "--random_init",
+        type=arguments.natural,
+        metavar="SEED",
+        help="take nothing over: weights drawn from this "
+        "seed, to see what the teacher's are worth (default: start from the teacher's)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="outputs/student", help="where the student pipeline goes")
     add("--overwrite_output_dir", action="store_true", help="replace what the folder holds")
@@ -55,15 +63,20 @@ def student_widths(args, config):
         raise UsageError(
             f"--width_ratio {args.width_ratio:g} is more than 1: a student is not wider than its teacher."
         )
-    left = compression.student_config(config, args.variant)["block_out_channels"]
-    return compression.scaled_widths(left, args.width_ratio)
+    left = students.student_config(config, args.variant)["block_out_channels"]
+    return students.scaled_widths(left, args.width_ratio)
 
 
 def print_table(teacher, student, costs, block_map=None):
-    """What was kept, as text. teacher, student: configs; costs: compression.costs; block_map: of a made student."""
+    """What was kept, as text. teacher, student: configs; costs: students.costs; block_map: of a made student."""
     rows = [("", "teacher", "student")]
-    for name in ("block_out_channels", "down_block_types", "mid_block_type", "layers_per_block",
-                 "transformer_layers_per_block"):  # fmt: skip
+    for name in (
+        "block_out_channels",
+        "down_block_types",
+        "mid_block_type",
+        "layers_per_block",
+        "transformer_layers_per_block",
+    ):
         values = [config.get(name) for config in (teacher, student)]
         rows.append((name, *(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values)))
     for name in ("parameters", "macs"):
@@ -88,28 +101,28 @@ def main(args):
     if not args.dry_run and output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not output.is_dir() or not args.overwrite_output_dir:
             raise UsageError(f"--output_dir {output} is not empty: name another, or add --overwrite_output_dir.")
-        if not (output / compression.MANIFEST).is_file():
-            raise UsageError(f"--output_dir {output} holds no {compression.MANIFEST}, so it is not replaced.")
+        if not (output / MANIFEST).is_file():
+            raise UsageError(f"--output_dir {output} holds no {MANIFEST}, so it is not replaced.")
     teacher = args.pretrained_model_name_or_path
     read_pipeline_config(teacher, args.revision)  # a bad path is said before anything else
     config = UNet2DConditionModel.load_config(teacher, subfolder="unet", revision=args.revision)
     # From here on every default of the class is in the config, as a model has it.
-    config = dict(compression.empty_unet(config).config)
+    config = dict(students.empty_unet(config).config)
     widths = student_widths(args, config)
-    student = compression.student_config(config, args.variant, widths)
+    student = students.student_config(config, args.variant, widths)
     if args.dry_run:
-        print_table(config, student, compression.costs(config, student))
+        print_table(config, student, students.costs(config, student))
         return
 
     pipeline = load_pipeline(teacher, revision=args.revision)
-    unet, manifest = compression.build_student(pipeline.unet, args.variant, widths)
+    unet, manifest = students.build_student(pipeline.unet, args.variant, widths)
     if args.random_init is not None:
         set_seed(args.random_init)
         unet = UNet2DConditionModel.from_config(unet.config)
         manifest.update(block_map={}, keep=None)
     print_table(config, student, manifest, manifest["block_map"])
     pipeline.unet = unet
-    compression.save_student(output, pipeline, manifest, teacher)
+    students.save_untrained(output, pipeline, manifest, teacher)
     print(f"Done: {output}", flush=True)
 
 

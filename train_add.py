@@ -39,20 +39,27 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
 from common import arguments
-from common.arguments import UsageError
 from common.checkpoint import (
     FinalFolder,
-    StopSignal,
     check_same_run,
     find_checkpoint,
     load_checkpoint,
     make_folder,
-    planned_steps,
     refuse_other_run,
     save_checkpoint,
 )
-from common.data import build_dataloader, load_dataset_from_args, sample_generator
-from common.diffusion import NoiseSchedule, ddim_rollout, student_scheduler, student_timesteps
+from common.conditioning import (
+    decode_latents,
+    encode_empty_prompt,
+    encode_images,
+    encode_prompts,
+    is_sdxl,
+    predict,
+    predict_guided,
+)
+from common.contract import read_distillation, write_distillation
+from common.data import build_dataloader, load_dataset_from_args
+from common.diffusion import NoiseSchedule, ddim_rollout
 from common.discriminators import (
     Dinov2Features,
     Heads,
@@ -63,24 +70,14 @@ from common.discriminators import (
     text_condition,
 )
 from common.ema import EMA
+from common.errors import UsageError
 from common.hooks import register_checkpoint_hooks
-from common.models import (
-    check_compatible,
-    check_same_inputs,
-    decode_latents,
-    encode_empty_prompt,
-    encode_images,
-    encode_prompts,
-    is_sdxl,
-    load_pipeline,
-    predict,
-    predict_guided,
-    read_distillation,
-    read_pipeline_config,
-    same_weights,
-)
-from common.sampling import saved_scheduler
-from common.validation import image_diversity, log_images, sample_images, write_distillation, write_model_card
+from common.judging.previews import image_diversity, log_images, sample_images
+from common.outputs import write_model_card
+from common.pipelines import check_compatible, check_same_inputs, load_pipeline, read_pipeline_config, same_weights
+from common.randomness import sample_generator
+from common.run import StopSignal
+from common.schedulers import saved_scheduler, student_scheduler, student_timesteps
 
 
 def parse_args(argv=None):
@@ -88,52 +85,107 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("student").add_argument
-    add("--num_student_steps", type=arguments.positive_int, default=4,
-        help="timesteps that the student jumps from; it samples in so many steps, or fewer")  # fmt: skip
-    add("--timestep_probs", type=arguments.positive_float, nargs="+",
+    add(
+        "--num_student_steps",
+        type=arguments.positive_int,
+        default=4,
+        help="timesteps that the student jumps from; it samples in so many steps, or fewer",
+    )
+    add(
+        "--timestep_probs",
+        type=arguments.positive_float,
+        nargs="+",
         help="how often each of these timesteps is drawn, noisiest first, such as 0.4 0.2 0.2 0.2: one step is the "
-             "hardest to learn (default: all alike)")  # fmt: skip
-    add("--student_model", help="pipeline whose UNet the student starts as, such as a stage of train_progressive.py "
-        "(default: the teacher)")  # fmt: skip
+        "hardest to learn (default: all alike)",
+    )
+    add(
+        "--student_model",
+        help="pipeline whose UNet the student starts as, such as a stage of train_progressive.py "
+        "(default: the teacher)",
+    )
     add("--lora_rank", type=arguments.positive_int, help="train adapters of this rank (default: the whole UNet)")
     add("--lora_alpha", type=arguments.positive_float, help="of a LoRA: its scale is alpha / rank (default: 32)")
-    add("--lora_targets", nargs="+",
-        help="of a LoRA: UNet layers to adapt (default: to_q to_k to_v to_out.0)")  # fmt: skip
+    add("--lora_targets", nargs="+", help="of a LoRA: UNet layers to adapt (default: to_q to_k to_v to_out.0)")
     add = parser.add_argument_group("distillation").add_argument
-    add("--lambda_distill", type=arguments.weight, default=2.5,
-        help="weight of the teacher's term (0: none); docs/add.md has what higher ones do")  # fmt: skip
-    add("--distill_target", choices=("score", "sample"), default="score",
-        help="teacher's x0 of the re-noised student, or its sample from the student's input")  # fmt: skip
-    add("--distill_timesteps", type=arguments.natural, nargs=2, metavar=("MIN", "MAX"),
-        help="of --distill_target score: the student is re-noised to one of these, uniformly "
-             "(default: 20 979)")  # fmt: skip
-    add("--num_ddim_steps", type=arguments.positive_int,
-        help="of --distill_target sample: teacher steps (default: 8)")  # fmt: skip
-    add("--cache_rollouts", type=arguments.positive_int,
+    add(
+        "--lambda_distill",
+        type=arguments.weight,
+        default=2.5,
+        help="weight of the teacher's term (0: none); docs/add.md has what higher ones do",
+    )
+    add(
+        "--distill_target",
+        choices=("score", "sample"),
+        default="score",
+        help="teacher's x0 of the re-noised student, or its sample from the student's input",
+    )
+    add(
+        "--distill_timesteps",
+        type=arguments.natural,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="of --distill_target score: the student is re-noised to one of these, uniformly (default: 20 979)",
+    )
+    add("--num_ddim_steps", type=arguments.positive_int, help="of --distill_target sample: teacher steps (default: 8)")
+    add(
+        "--cache_rollouts",
+        type=arguments.positive_int,
         help="of --distill_target sample: keep the teacher's samples of so many optimizer steps, and cycle over "
-             "their data (default: never)")  # fmt: skip
+        "their data (default: never)",
+    )
     add("--guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add = parser.add_argument_group("discriminator").add_argument
-    add("--discriminator", choices=("unet", "dinov2"), default="unet",
-        help="what it looks with: the teacher's encoder at re-noised latents, or DINOv2 at images")  # fmt: skip
+    add(
+        "--discriminator",
+        choices=("unet", "dinov2"),
+        default="unet",
+        help="what it looks with: the teacher's encoder at re-noised latents, or DINOv2 at images",
+    )
     add("--feature_model_name_or_path", help="of dinov2: folder or hub id (default: facebook/dinov2-small)")
-    add("--feature_resolution", type=arguments.positive_int,
-        help="of dinov2: pixels per side it sees (default: 224)")  # fmt: skip
-    add("--discriminator_timesteps", type=arguments.natural, nargs=2, metavar=("MIN", "MAX"),
-        help="of unet: latents are re-noised to one of these, uniformly (default: 20 979)")  # fmt: skip
-    add("--discriminator_start_step", type=arguments.natural, default=0,
-        help="the student learns from the teacher alone until this step; --max_train_steps: to the end")  # fmt: skip
-    add("--discriminator_updates", type=arguments.positive_int, default=1,
-        help="its updates for each of the student's, each with a batch of its own")  # fmt: skip
-    add("--discriminator_learning_rate", type=arguments.positive_float, default=1e-3,
-        help="its peak learning rate; --lr_scheduler and the warm-up begin where it starts")  # fmt: skip
-    add("--mismatched_captions", action="store_true",
-        help="real images with a neighbour's caption are half of what the discriminator learns to reject")  # fmt: skip
+    add("--feature_resolution", type=arguments.positive_int, help="of dinov2: pixels per side it sees (default: 224)")
+    add(
+        "--discriminator_timesteps",
+        type=arguments.natural,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="of unet: latents are re-noised to one of these, uniformly (default: 20 979)",
+    )
+    add(
+        "--discriminator_start_step",
+        type=arguments.natural,
+        default=0,
+        help="the student learns from the teacher alone until this step; --max_train_steps: to the end",
+    )
+    add(
+        "--discriminator_updates",
+        type=arguments.positive_int,
+        default=1,
+        help="its updates for each of the student's, each with a batch of its own",
+    )
+    add(
+        "--discriminator_learning_rate",
+        type=arguments.positive_float,
+        default=1e-3,
+        help="its peak learning rate; --lr_scheduler and the warm-up begin where it starts",
+    )
+    add(
+        "--mismatched_captions",
+        action="store_true",
+        help="real images with a neighbour's caption are half of what the discriminator learns to reject",
+    )
     add("--r1_gamma", type=arguments.weight, default=1e-5, help="weight of R1; 0: none")
-    add("--r1_form", choices=("autograd", "finite_difference"), default="autograd",
-        help="R1 by a second backward, or by the scores of perturbed features")  # fmt: skip
-    add("--max_skipped_updates", type=arguments.positive_int, default=20,
-        help="an update whose gradient is not finite is skipped; so many in a row end the run")  # fmt: skip
+    add(
+        "--r1_form",
+        choices=("autograd", "finite_difference"),
+        default="autograd",
+        help="R1 by a second backward, or by the scores of perturbed features",
+    )
+    add(
+        "--max_skipped_updates",
+        type=arguments.positive_int,
+        default=20,
+        help="an update whose gradient is not finite is skipped; so many in a row end the run",
+    )
     arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=500)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/add")
     arguments.add_validation_arguments(parser)
@@ -172,8 +224,10 @@ def check_arguments(args):
     if args.num_student_steps > 1000:
         raise UsageError(f"--num_student_steps {args.num_student_steps} is more than the model's 1000 timesteps.")
     if args.timestep_probs is not None and len(args.timestep_probs) != args.num_student_steps:
-        raise UsageError(f"--timestep_probs has {len(args.timestep_probs)} numbers; the student has "
-                         f"--num_student_steps {args.num_student_steps}.")  # fmt: skip
+        raise UsageError(
+            f"--timestep_probs has {len(args.timestep_probs)} numbers; the student has "
+            f"--num_student_steps {args.num_student_steps}."
+        )
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
     sampled, seen, lora = args.distill_target == "sample", args.discriminator == "dinov2", bool(args.lora_rank)
@@ -201,11 +255,14 @@ def check_arguments(args):
         if args.cache_rollouts:
             raise UsageError("--cache_rollouts keeps what the teacher says, and --lambda_distill 0 never asks it.")
     if args.mismatched_captions and args.train_batch_size % 2:
-        raise UsageError(f"--mismatched_captions swaps the captions of neighbours: --train_batch_size "
-                         f"{args.train_batch_size} is odd.")  # fmt: skip
+        raise UsageError(
+            f"--mismatched_captions swaps the captions of neighbours: --train_batch_size "
+            f"{args.train_batch_size} is odd."
+        )
     if args.student_model and args.lora_rank:
-        raise UsageError("--student_model is about the whole UNet, and --lora_rank trains adapters on the teacher's: "
-                         "leave one out.")  # fmt: skip
+        raise UsageError(
+            "--student_model is about the whole UNet, and --lora_rank trains adapters on the teacher's: leave one out."
+        )
     # What `accelerate launch` was told reaches a script through the environment.
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if args.use_8bit_adam and not cuda:
@@ -219,13 +276,17 @@ def teacher_guidance(args):
     """The guidance scale of the teacher: the flag, else what the pipeline was saved with, else 7.5."""
     for path, whose in ((args.pretrained_model_name_or_path, "teacher"), (args.student_model, "student")):
         if path and read_distillation(path)["guidance"] == "embedded":
-            raise UsageError(f"{path}: the {whose} takes its guidance scale as an input; this script knows an "
-                             "unconditional, cfg or baked one: start from the model it was made of.")  # fmt: skip
+            raise UsageError(
+                f"{path}: the {whose} takes its guidance scale as an input; this script knows an "
+                "unconditional, cfg or baked one: start from the model it was made of."
+            )
     distillation = read_distillation(args.pretrained_model_name_or_path)
     if distillation.get("timesteps"):
-        raise UsageError(f"the teacher is for {len(distillation['timesteps'])} steps, at timesteps of its own, and "
-                         "knows no others: give it as --student_model, and the model it was made of as "
-                         "--pretrained_model_name_or_path.")  # fmt: skip
+        raise UsageError(
+            f"the teacher is for {len(distillation['timesteps'])} steps, at timesteps of its own, and "
+            "knows no others: give it as --student_model, and the model it was made of as "
+            "--pretrained_model_name_or_path."
+        )
     if distillation["guidance"] == "baked":
         if args.guidance_scale not in (None, 1):
             raise UsageError(f"--guidance_scale {args.guidance_scale}: the teacher has its guidance baked in already.")
@@ -285,8 +346,10 @@ def save_final(folder, args, pipeline, scheduler, timesteps, step_counts, guidan
             unet = pipeline.unet
             # Without the adapter metadata a reload would forget alpha and scale the LoRA by 1.
             type(pipeline).save_lora_weights(
-                final, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+                final,
+                unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            )
             scheduler.save_pretrained(final / "scheduler")
             notes["LoRA"] = f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, on {', '.join(args.lora_targets)}"
             imports += f", {name}"
@@ -298,16 +361,27 @@ pipe.scheduler = {name}.from_pretrained("path/to/this/folder", subfolder="schedu
             whole.unet, whole.scheduler = pipeline.unet, scheduler
             whole.save_pretrained(final)
         write_distillation(
-            final, method="add", parent=base, steps=args.num_student_steps, timesteps=timesteps, guidance="baked",
-            guidance_scale=1.0, target="x0")  # fmt: skip
+            final,
+            method="add",
+            parent=base,
+            steps=args.num_student_steps,
+            timesteps=timesteps,
+            guidance="baked",
+            guidance_scale=1.0,
+            target="x0",
+        )
         write_model_card(
-            final, "Adversarially distilled student", base, lora=bool(args.lora_rank),
+            final,
+            "Adversarially distilled student",
+            base,
+            lora=bool(args.lora_rank),
             usage=f"""
 from diffusers import {imports}
 
 {load}
 image = pipe("a prompt", num_inference_steps={args.num_student_steps}, guidance_scale=1).images[0]""",
-            notes={**notes, "optimizer steps": step})  # fmt: skip
+            notes={**notes, "optimizer steps": step},
+        )
 
 
 def export_fp16(folder, args):
@@ -347,11 +421,17 @@ def main(args):
     folder = Path(args.output_dir) / (args.run_name or "")
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError("train_add.py runs under DDP only: FSDP and DeepSpeed hold one trained model, and here the "
-                         "discriminator is another; launch it with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
+        raise UsageError(
+            "train_add.py runs under DDP only: FSDP and DeepSpeed hold one trained model, and here the "
+            "discriminator is another; launch it with accelerate_configs/multi_gpu.yaml."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
@@ -389,8 +469,11 @@ def main(args):
     timesteps_list = student_timesteps(scheduler, args.num_student_steps)
     student_times = torch.tensor(timesteps_list, device=accelerator.device)
     # It re-noises, so that it also samples in fewer steps, where these are among its own.
-    step_counts = [count for count in range(1, args.num_student_steps + 1)
-                   if set(student_timesteps(scheduler, count)) <= set(timesteps_list)]  # fmt: skip
+    step_counts = [
+        count
+        for count in range(1, args.num_student_steps + 1)
+        if set(student_timesteps(scheduler, count)) <= set(timesteps_list)
+    ]
     unconditional = encode_empty_prompt(pipeline, args.resolution)
     condition_dim = text_condition(unconditional).shape[1]
     if args.discriminator == "unet":
@@ -436,11 +519,15 @@ def main(args):
     optimizer_class = partial(torch.optim.AdamW, fused=True)
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
-    adam = {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay,
-            "eps": args.adam_epsilon}  # fmt: skip
+    adam = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
     optimizer = optimizer_class(parameters.values(), lr=args.learning_rate, **adam)
     head_optimizer = torch.optim.AdamW(
-        head_parameters.values(), lr=args.discriminator_learning_rate, fused=True, **adam)  # fmt: skip
+        head_parameters.values(), lr=args.discriminator_learning_rate, fused=True, **adam
+    )
 
     # 4 prepare, register, resume
     student, heads, optimizer, head_optimizer = accelerator.prepare(unet, plain_heads, optimizer, head_optimizer)
@@ -469,8 +556,15 @@ def main(args):
             with ema.applied(parameters), accelerator.autocast():
                 for steps in step_counts:
                     rows += sample_images(
-                        pipeline, args.validation_prompts, scheduler, steps, 1.0, args.resolution, args.seed,
-                        args.num_validation_images)  # fmt: skip
+                        pipeline,
+                        args.validation_prompts,
+                        scheduler,
+                        steps,
+                        1.0,
+                        args.resolution,
+                        args.seed,
+                        args.num_validation_images,
+                    )
                     labels += [f"{steps}: {prompt}" for prompt in args.validation_prompts]
             log_images(accelerator, folder, rows, labels, step)
             for steps, start in zip(step_counts, range(0, len(rows), len(args.validation_prompts))):
@@ -529,12 +623,18 @@ def main(args):
         skipped[1] *= not finite
         return grad_norm
 
-    head_schedule = argparse.Namespace(**{
-        **vars(args), "learning_rate": args.discriminator_learning_rate,
-        "max_train_steps": args.max_train_steps - args.discriminator_start_step})  # fmt: skip
+    head_schedule = argparse.Namespace(
+        **{
+            **vars(args),
+            "learning_rate": args.discriminator_learning_rate,
+            "max_train_steps": args.max_train_steps - args.discriminator_start_step,
+        }
+    )
     if args.discriminator_start_step >= args.max_train_steps:
-        accelerator.print(f"--discriminator_start_step {args.discriminator_start_step} is not before the end, step "
-                          f"{args.max_train_steps}: the student learns from the teacher alone.")  # fmt: skip
+        accelerator.print(
+            f"--discriminator_start_step {args.discriminator_start_step} is not before the end, step "
+            f"{args.max_train_steps}: the student learns from the teacher alone."
+        )
     bar = tqdm(total=args.max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
     while step < args.max_train_steps:
         rates = {"lr": arguments.learning_rate_at(step, args)}
@@ -612,8 +712,12 @@ def main(args):
                     hinge = discriminator_loss(real_scores, fake_scores, mismatched_scores, differ)
                     # The heads are fp32, so that fp16's loss scaling, which accelerator.backward does, is not theirs.
                     ((hinge + args.r1_gamma / 2 * r1) / args.gradient_accumulation_steps).backward()
-                    shown = {"discriminator": hinge, "r1": r1, "d_real": -adversarial_loss(real_scores),
-                             "d_fake": -adversarial_loss(fake_scores)}  # fmt: skip
+                    shown = {
+                        "discriminator": hinge,
+                        "r1": r1,
+                        "d_real": -adversarial_loss(real_scores),
+                        "d_fake": -adversarial_loss(fake_scores),
+                    }
                     if mismatched_scores is not None:
                         shown["d_mismatched"] = -adversarial_loss(mismatched_scores)
                     for name, value in shown.items():
@@ -643,10 +747,12 @@ def main(args):
             if in_a_row >= args.max_skipped_updates:
                 # Each network is what its last finite update left. No other checkpoint makes room for this one.
                 save_checkpoint(accelerator, folder, step, identity, global_batch_size, args.max_train_steps)
-                raise UsageError(f"{in_a_row} updates of the {name} in a row had no finite gradient, up to step "
-                                 f"{step}; checkpoint-{step} keeps what came before them. Start again in another "
-                                 "--run_name, with a lower learning rate for it or with bf16 instead of fp16; or, "
-                                 "where the data of these steps are broken, resume.")  # fmt: skip
+                raise UsageError(
+                    f"{in_a_row} updates of the {name} in a row had no finite gradient, up to step "
+                    f"{step}; checkpoint-{step} keeps what came before them. Start again in another "
+                    "--run_name, with a lower learning rate for it or with bf16 instead of fp16; or, "
+                    "where the data of these steps are broken, resume."
+                )
         if stop.requested(accelerator) and step < args.max_train_steps:
             save()
             accelerator.print(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")

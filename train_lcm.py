@@ -39,38 +39,36 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from common import arguments
-from common.arguments import UsageError
 from common.checkpoint import (
     FinalFolder,
-    StopSignal,
     check_same_run,
     find_checkpoint,
     load_checkpoint,
     make_folder,
-    planned_steps,
     refuse_other_run,
     save_checkpoint,
 )
-from common.data import build_dataloader, load_dataset_from_args, sample_generator
-from common.diffusion import NoiseSchedule, student_scheduler, student_timesteps, teacher_timesteps
-from common.ema import EMA
-from common.hooks import register_checkpoint_hooks
-from common.models import (
+from common.conditioning import (
     encode_empty_prompt,
     encode_images,
     encode_prompts,
     guidance_embedding,
     is_sdxl,
-    load_pipeline,
     predict,
     predict_guided,
-    read_distillation,
-    read_pipeline_config,
-    same_weights,
-    with_guidance_input,
 )
-from common.sampling import saved_scheduler
-from common.validation import log_images, sample_images, write_distillation, write_model_card
+from common.contract import read_distillation, write_distillation
+from common.data import build_dataloader, load_dataset_from_args
+from common.diffusion import NoiseSchedule, teacher_timesteps
+from common.ema import EMA
+from common.errors import UsageError
+from common.hooks import register_checkpoint_hooks
+from common.judging.previews import log_images, sample_images
+from common.outputs import write_model_card
+from common.pipelines import load_pipeline, read_pipeline_config, same_weights, with_guidance_input
+from common.randomness import sample_generator
+from common.run import StopSignal
+from common.schedulers import saved_scheduler, student_scheduler, student_timesteps
 
 
 def parse_args(argv=None):
@@ -78,24 +76,46 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--num_ddim_timesteps", type=arguments.positive_int, default=50,
-        help="timesteps of the grid that the teacher steps along, 1000 / 50 = 20 apart: divides 1000")  # fmt: skip
-    add("--num_inference_steps", type=arguments.positive_int,
-        help="N: steps to sample with, as recorded with the output (default: 4, or --num_phases)")  # fmt: skip
+    add(
+        "--num_ddim_timesteps",
+        type=arguments.positive_int,
+        default=50,
+        help="timesteps of the grid that the teacher steps along, 1000 / 50 = 20 apart: divides 1000",
+    )
+    add(
+        "--num_inference_steps",
+        type=arguments.positive_int,
+        help="N: steps to sample with, as recorded with the output (default: 4, or --num_phases)",
+    )
     add("--num_phases", type=arguments.positive_int, default=1, help="P: phases of the timesteps; 1 is LCM")
-    add("--guidance_scale", type=float,
+    add(
+        "--guidance_scale",
+        type=float,
         help="teacher's guidance; a full UNet learns a range of scales, and this one is recorded for sampling "
-             "(default: what the teacher was saved with, else 7.5)")  # fmt: skip
-    add("--guidance_min", type=float,
-        help="smallest scale that a full UNet learns (default: half of --guidance_scale, but at least 1)")  # fmt: skip
-    add("--guidance_max", type=float,
+        "(default: what the teacher was saved with, else 7.5)",
+    )
+    add(
+        "--guidance_min",
+        type=float,
+        help="smallest scale that a full UNet learns (default: half of --guidance_scale, but at least 1)",
+    )
+    add(
+        "--guidance_max",
+        type=float,
         help="largest scale that a full UNet learns (default: twice --guidance_scale, so 3.75 to 15 where it is 7.5; "
-             "LCM has 4 to 16)")  # fmt: skip
+        "LCM has 4 to 16)",
+    )
     add("--loss", choices=("l2", "huber"), default="huber", help="distance d")
-    add("--target_ema_decay", type=arguments.fraction,
-        help="of the target network, an average of the full UNet that is being trained (default: 0.95)")  # fmt: skip
-    add("--lora_rank", type=arguments.positive_int,
-        help="train adapters of this rank, for one guidance scale (default: train the whole UNet)")  # fmt: skip
+    add(
+        "--target_ema_decay",
+        type=arguments.fraction,
+        help="of the target network, an average of the full UNet that is being trained (default: 0.95)",
+    )
+    add(
+        "--lora_rank",
+        type=arguments.positive_int,
+        help="train adapters of this rank, for one guidance scale (default: train the whole UNet)",
+    )
     add("--lora_alpha", type=arguments.positive_float, help="scale of the adapters is alpha / rank (default: 32)")
     add("--lora_targets", nargs="+", help="UNet layers to adapt (default: to_q to_k to_v to_out.0)")
     arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=500)
@@ -161,22 +181,30 @@ def follow(target, parameters, decay):
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in the defaults that belong to other flags."""
     if 1000 % args.num_ddim_timesteps:
-        raise UsageError(f"--num_ddim_timesteps {args.num_ddim_timesteps} does not divide the model's 1000 timesteps: "
-                         "use 20, 25, 40, 50 or 100, say.")  # fmt: skip
+        raise UsageError(
+            f"--num_ddim_timesteps {args.num_ddim_timesteps} does not divide the model's 1000 timesteps: "
+            "use 20, 25, 40, 50 or 100, say."
+        )
     if args.num_phases > 1 and args.num_inference_steps not in (None, args.num_phases):
-        raise UsageError(f"--num_inference_steps {args.num_inference_steps}: with --num_phases {args.num_phases} the "
-                         "student takes one step per phase: leave it out.")  # fmt: skip
+        raise UsageError(
+            f"--num_inference_steps {args.num_inference_steps}: with --num_phases {args.num_phases} the "
+            "student takes one step per phase: leave it out."
+        )
     for name in ("num_phases", "num_inference_steps"):
         if (getattr(args, name) or 0) > args.num_ddim_timesteps:
-            raise UsageError(f"--{name} {getattr(args, name)} is more than --num_ddim_timesteps "
-                             f"{args.num_ddim_timesteps}, the timesteps that are trained.")  # fmt: skip
+            raise UsageError(
+                f"--{name} {getattr(args, name)} is more than --num_ddim_timesteps "
+                f"{args.num_ddim_timesteps}, the timesteps that are trained."
+            )
     if args.guidance_scale is not None and args.guidance_scale < 0:
         raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
     if not args.lora_rank and (args.lora_alpha or args.lora_targets):
         raise UsageError("--lora_alpha and --lora_targets are about a LoRA: add --lora_rank or leave them out.")
     if args.lora_rank and (args.guidance_min, args.guidance_max, args.target_ema_decay) != (None, None, None):
-        raise UsageError("--guidance_min, --guidance_max and --target_ema_decay are about a full UNet: leave them out "
-                         "with --lora_rank.")  # fmt: skip
+        raise UsageError(
+            "--guidance_min, --guidance_max and --target_ema_decay are about a full UNet: leave them out "
+            "with --lora_rank."
+        )
     args.num_inference_steps = args.num_inference_steps or (args.num_phases if args.num_phases > 1 else 4)
     args.lora_alpha = args.lora_alpha or 32.0
     args.lora_targets = args.lora_targets or ["to_q", "to_k", "to_v", "to_out.0"]
@@ -200,11 +228,15 @@ def teacher_guidance(args):
     config = UNet2DConditionModel.load_config(path, subfolder="unet", revision=args.revision)
     # A UNet from elsewhere may have the input without distillation.json.
     if distillation["guidance"] == "embedded" or config.get("time_cond_proj_dim") is not None:
-        raise UsageError("the teacher takes its guidance scale as an input; this script distils an unconditional or "
-                         "cfg one: start from the model it was made of.")  # fmt: skip
+        raise UsageError(
+            "the teacher takes its guidance scale as an input; this script distils an unconditional or "
+            "cfg one: start from the model it was made of."
+        )
     if distillation.get("timesteps"):
-        raise UsageError(f"the teacher is for {len(distillation['timesteps'])} steps, at timesteps of its own, and "
-                         "knows no others: start from the model it was made of.")  # fmt: skip
+        raise UsageError(
+            f"the teacher is for {len(distillation['timesteps'])} steps, at timesteps of its own, and "
+            "knows no others: start from the model it was made of."
+        )
     if distillation["guidance"] == "baked":
         if args.guidance_scale not in (None, 1):
             raise UsageError(f"--guidance_scale {args.guidance_scale}: the teacher has its guidance baked in already.")
@@ -217,8 +249,10 @@ def teacher_guidance(args):
     args.guidance_min = max(scale / 2, 1.0) if args.guidance_min is None else args.guidance_min
     args.guidance_max = 2 * scale if args.guidance_max is None else args.guidance_max
     if not 0 <= args.guidance_min <= scale <= args.guidance_max < float("inf"):
-        raise UsageError(f"--guidance_scale {scale:g}, recorded for sampling, is not between --guidance_min "
-                         f"{args.guidance_min:g} and --guidance_max {args.guidance_max:g}.")  # fmt: skip
+        raise UsageError(
+            f"--guidance_scale {scale:g}, recorded for sampling, is not between --guidance_min "
+            f"{args.guidance_min:g} and --guidance_max {args.guidance_max:g}."
+        )
     return scale, True
 
 
@@ -250,8 +284,10 @@ def save_final(folder, args, pipeline, scheduler, contract, guidance_scale, step
             unet = pipeline.unet
             # Without the adapter metadata a reload would forget alpha and scale the LoRA by 1.
             type(pipeline).save_lora_weights(
-                final, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+                final,
+                unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            )
             scheduler.save_pretrained(final / "scheduler")
             notes["LoRA"] = f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, on {', '.join(args.lora_targets)}"
             imports += f", {name}"
@@ -265,7 +301,10 @@ pipe.scheduler = {name}.from_pretrained("path/to/this/folder", subfolder="schedu
         write_distillation(final, **contract)
         sampling = f"num_inference_steps={contract['steps']}, guidance_scale={contract['guidance_scale']:g}"
         write_model_card(
-            final, "Latent consistency model", base, lora=bool(args.lora_rank),
+            final,
+            "Latent consistency model",
+            base,
+            lora=bool(args.lora_rank),
             usage=f"""
 from diffusers import {imports}
 
@@ -276,7 +315,8 @@ image = pipe("a prompt", {sampling}).images[0]""",
                 "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}",
                 "grid, loss": f"{args.num_ddim_timesteps} timesteps, {args.loss}",
                 "optimizer steps": step,
-            })  # fmt: skip
+            },
+        )
 
 
 def export_fp16(folder, args):
@@ -312,11 +352,17 @@ def main(args):
     folder = Path(args.output_dir) / (args.run_name or "")
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError("train_lcm.py runs under DDP only: its averages and checkpoints need whole weights on every "
-                         "GPU; launch it with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
+        raise UsageError(
+            "train_lcm.py runs under DDP only: its averages and checkpoints need whole weights on every "
+            "GPU; launch it with accelerate_configs/multi_gpu.yaml."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
@@ -357,10 +403,14 @@ def main(args):
     student_times = torch.tensor([*student_timesteps(scheduler, args.num_phases), -1], device=accelerator.device)
     grid = phase_grid(student_times, args.num_ddim_timesteps)
     contract = {
-        "method": "lcm", "parent": args.pretrained_model_name_or_path, "steps": steps,
-        "timesteps": student_timesteps(scheduler, steps), "guidance": "embedded" if embedded else "baked",
-        "guidance_scale": guidance_scale if embedded else 1.0, "target": "next" if phased else "x0",
-    }  # fmt: skip
+        "method": "lcm",
+        "parent": args.pretrained_model_name_or_path,
+        "steps": steps,
+        "timesteps": student_timesteps(scheduler, steps),
+        "guidance": "embedded" if embedded else "baked",
+        "guidance_scale": guidance_scale if embedded else 1.0,
+        "target": "next" if phased else "x0",
+    }
     unconditional = encode_empty_prompt(pipeline, args.resolution)
 
     # 2 trainable models, in fp32
@@ -378,8 +428,13 @@ def main(args):
         cast_training_params(unet, dtype=torch.float32)
     else:  # from the weights as they are stored: the teacher's may be rounded
         unet = UNet2DConditionModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, variant=args.variant,
-            torch_dtype=torch.float32, use_safetensors=True)  # fmt: skip
+            args.pretrained_model_name_or_path,
+            subfolder="unet",
+            revision=args.revision,
+            variant=args.variant,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+        )
         if embedded:
             unet = with_guidance_input(unet)
         pipeline.unet = unet.to(accelerator.device).requires_grad_(True)
@@ -400,8 +455,12 @@ def main(args):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(
-        parameters.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)  # fmt: skip
+        parameters.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
     # 4 prepare, register, resume
     student, optimizer = accelerator.prepare(unet, optimizer)
@@ -422,8 +481,15 @@ def main(args):
         if accelerator.is_main_process:
             with ema.applied(parameters), accelerator.autocast():
                 rows = sample_images(
-                    pipeline, args.validation_prompts, scheduler, steps, contract["guidance_scale"], args.resolution,
-                    args.seed, args.num_validation_images)  # fmt: skip
+                    pipeline,
+                    args.validation_prompts,
+                    scheduler,
+                    steps,
+                    contract["guidance_scale"],
+                    args.resolution,
+                    args.seed,
+                    args.num_validation_images,
+                )
             log_images(accelerator, folder, rows, args.validation_prompts, step)
         accelerator.wait_for_everyone()
 
@@ -466,8 +532,16 @@ def main(args):
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning, timestep_cond)
                 loss = lcm_loss(
-                    output, z, timesteps, target_output, z_next, next_timesteps, schedule, edges if phased else None,
-                    args.loss)  # fmt: skip
+                    output,
+                    z,
+                    timesteps,
+                    target_output,
+                    z_next,
+                    next_timesteps,
+                    schedule,
+                    edges if phased else None,
+                    args.loss,
+                )
                 accelerator.backward(loss)
                 step_loss += loss.detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:

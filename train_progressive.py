@@ -36,10 +36,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
 from common import arguments
-from common.arguments import UsageError
 from common.checkpoint import (
     FinalFolder,
-    StopSignal,
     check_same_run,
     find_checkpoint,
     load_checkpoint,
@@ -47,24 +45,27 @@ from common.checkpoint import (
     refuse_other_run,
     save_checkpoint,
 )
-from common.data import build_dataloader, load_dataset_from_args, sample_generator
-from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
-from common.ema import EMA, copy_tensors
-from common.hooks import register_checkpoint_hooks
-from common.models import (
+from common.conditioning import (
     encode_empty_prompt,
     encode_images,
     encode_prompts,
     guidance_embedding,
     is_sdxl,
-    load_pipeline,
     predict,
     predict_guided,
-    read_distillation,
-    read_pipeline_config,
-    same_weights,
 )
-from common.validation import log_images, sample_images, write_distillation, write_model_card
+from common.contract import read_distillation, write_distillation
+from common.data import build_dataloader, load_dataset_from_args
+from common.diffusion import NoiseSchedule
+from common.ema import EMA, copy_tensors
+from common.errors import UsageError
+from common.hooks import register_checkpoint_hooks
+from common.judging.previews import log_images, sample_images
+from common.outputs import write_model_card
+from common.pipelines import load_pipeline, read_pipeline_config, same_weights
+from common.randomness import sample_generator
+from common.run import StopSignal
+from common.schedulers import ddim_scheduler, student_timesteps
 
 
 def parse_args(argv=None):
@@ -72,20 +73,40 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--start_steps", type=arguments.positive_int, default=64, help="steps of the first teacher: --end_steps times "
-        "a power of two, at most 1000")  # fmt: skip
+    add(
+        "--start_steps",
+        type=arguments.positive_int,
+        default=64,
+        help="steps of the first teacher: --end_steps times a power of two, at most 1000",
+    )
     add("--end_steps", type=arguments.positive_int, default=4, help="steps of the last student")
     add("--steps_per_stage", type=arguments.positive_int, default=200, help="optimizer steps of a stage")
-    add("--last_stages_steps", type=arguments.positive_int, nargs="+", help="optimizer steps of each of the last two "
+    add(
+        "--last_stages_steps",
+        type=arguments.positive_int,
+        nargs="+",
+        help="optimizer steps of each of the last two "
         "stages, which have the most to learn; several numbers: one for each of the last stages "
-        "(default: --steps_per_stage)")  # fmt: skip
-    add("--guidance_scale", type=float, help="teacher's guidance in the first halving (default: what it was saved "
-        "with, else 7.5)")  # fmt: skip
-    add("--guidance_min", type=float, default=1.0, help="with a teacher that takes its guidance scale as an input: "
-        "least scale drawn")  # fmt: skip
+        "(default: --steps_per_stage)",
+    )
+    add(
+        "--guidance_scale",
+        type=float,
+        help="teacher's guidance in the first halving (default: what it was saved with, else 7.5)",
+    )
+    add(
+        "--guidance_min",
+        type=float,
+        default=1.0,
+        help="with a teacher that takes its guidance scale as an input: least scale drawn",
+    )
     add("--guidance_max", type=float, default=8.0, help="with such a teacher: largest scale drawn")
-    add("--loss_space", choices=("v", "x"), default="v",
-        help="the error is taken in v, or in x0 with weight max(SNR, 1)")  # fmt: skip
+    add(
+        "--loss_space",
+        choices=("v", "x"),
+        default="v",
+        help="the error is taken in v, or in x0 with weight max(SNR, 1)",
+    )
     add("--lora_rank", type=arguments.positive_int, help="train a LoRA of this rank (default: the whole UNet)")
     add("--lora_alpha", type=arguments.positive_float, default=32, help="scale of the adapters is alpha / rank")
     add("--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="UNet layers to adapt")
@@ -117,8 +138,10 @@ def student_steps(start_steps, end_steps):
     while 2 * found[0] < start_steps:
         found.insert(0, 2 * found[0])
     if 2 * found[0] != start_steps:
-        raise UsageError(f"--start_steps {start_steps} is not --end_steps {end_steps} times a power of two: every "
-                         "stage halves the steps.")  # fmt: skip
+        raise UsageError(
+            f"--start_steps {start_steps} is not --end_steps {end_steps} times a power of two: every "
+            "stage halves the steps."
+        )
     return found
 
 
@@ -138,8 +161,10 @@ def stage_lengths(args, stages):
     if len(last) == 1:
         last = last * min(2, stages)
     if len(last) > stages:
-        raise UsageError(f"--last_stages_steps has {len(last)} numbers; from --start_steps {args.start_steps} to "
-                         f"--end_steps {args.end_steps} there are {stages} stages.")  # fmt: skip
+        raise UsageError(
+            f"--last_stages_steps has {len(last)} numbers; from --start_steps {args.start_steps} to "
+            f"--end_steps {args.end_steps} there are {stages} stages."
+        )
     return [args.steps_per_stage] * (stages - len(last)) + last
 
 
@@ -177,16 +202,22 @@ def teacher_contract(args):
     """The teacher's distillation.json, with guidance_scale as it is guided in the first stage. Raises UsageError."""
     contract = read_distillation(args.pretrained_model_name_or_path)
     if contract.get("target") == "x0":
-        raise UsageError("the teacher predicts and re-noises; this script halves the steps of a deterministic "
-                         "sampler: start from the model it was made of.")  # fmt: skip
+        raise UsageError(
+            "the teacher predicts and re-noises; this script halves the steps of a deterministic "
+            "sampler: start from the model it was made of."
+        )
     if contract.get("steps") not in (None, args.start_steps):
-        raise UsageError(f"--start_steps {args.start_steps}: the teacher was made for {contract['steps']} steps, so "
-                         f"start with {contract['steps']}.")  # fmt: skip
+        raise UsageError(
+            f"--start_steps {args.start_steps}: the teacher was made for {contract['steps']} steps, so "
+            f"start with {contract['steps']}."
+        )
     if contract["guidance"] == "baked" and args.guidance_scale not in (None, 1):
         raise UsageError(f"--guidance_scale {args.guidance_scale}: the teacher has its guidance baked in already.")
     if contract["guidance"] == "embedded" and args.guidance_scale is not None:
-        raise UsageError("--guidance_scale: the teacher takes its guidance scale as an input; --guidance_min and "
-                         "--guidance_max say which scales are drawn.")  # fmt: skip
+        raise UsageError(
+            "--guidance_scale: the teacher takes its guidance scale as an input; --guidance_min and "
+            "--guidance_max say which scales are drawn."
+        )
     if args.guidance_scale is not None:
         contract["guidance_scale"] = args.guidance_scale
     return contract
@@ -219,8 +250,10 @@ def save_student(folder, args, average, scheduler, contract, step):
         if args.lora_rank:
             # Without the adapter metadata a reload would forget alpha and scale the LoRA by 1.
             type(pipeline).save_lora_weights(
-                final, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+                final,
+                unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+            )
             scheduler.save_pretrained(final / "scheduler")
             load = f"""pipe = DiffusionPipeline.from_pretrained("{parent}")
 pipe.load_lora_weights("path/to/this/folder")
@@ -231,7 +264,10 @@ pipe.scheduler = {name}.from_pretrained("path/to/this/folder", subfolder="schedu
         imports = f"DiffusionPipeline, {name}" if args.lora_rank else "DiffusionPipeline"
         call = f"num_inference_steps={contract['steps']}, guidance_scale={contract['guidance_scale']:g}"
         write_model_card(
-            final, "Few-step LoRA" if args.lora_rank else "Few-step student", parent, lora=bool(args.lora_rank),
+            final,
+            "Few-step LoRA" if args.lora_rank else "Few-step student",
+            parent,
+            lora=bool(args.lora_rank),
             usage=f"""
 from diffusers import {imports}
 
@@ -241,7 +277,8 @@ image = pipe("a prompt", {call}).images[0]""",
                 "method": f"progressive distillation from {args.start_steps} steps, loss in {args.loss_space}",
                 "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}",
                 "optimizer steps": step,
-            })  # fmt: skip
+            },
+        )
 
 
 def lora_config(args):
@@ -252,8 +289,13 @@ def merged_teacher(args, lora, dtype, device):
     """The frozen UNet of a later stage's teacher: the first teacher's with the LoRA, a dict of tensors as the student
     names them, merged into its weights in fp32, so that it costs no more than the first."""
     unet = UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="unet", revision=args.revision, variant=args.variant,
-        torch_dtype=torch.float32, use_safetensors=True)  # fmt: skip
+        args.pretrained_model_name_or_path,
+        subfolder="unet",
+        revision=args.revision,
+        variant=args.variant,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+    )
     unet.add_adapter(lora_config(args))
     copy_tensors(lora, {name: p for name, p in unet.named_parameters() if name in lora})
     unet.fuse_lora()
@@ -292,10 +334,12 @@ def main(args):
     first_guidance_scale = contract["guidance_scale"] if contract["guidance"] == "cfg" else 1.0
     # From the first student on guidance is inside the weights.
     contract = {
-        "method": "progressive", "parent": args.pretrained_model_name_or_path, "target": "next",
+        "method": "progressive",
+        "parent": args.pretrained_model_name_or_path,
+        "target": "next",
         "guidance": "embedded" if embedded else "baked",
         "guidance_scale": contract["guidance_scale"] if embedded else 1.0,
-    }  # fmt: skip
+    }
     _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
     args.resolution = args.resolution or native_resolution
     if args.resolution % factor:
@@ -304,11 +348,17 @@ def main(args):
     folder = Path(args.output_dir) / (args.run_name or "")
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError("train_progressive.py runs under DDP only: its average, checkpoints and next teacher need "
-                         "whole weights on every GPU; launch it with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
+        raise UsageError(
+            "train_progressive.py runs under DDP only: its average, checkpoints and next teacher need "
+            "whole weights on every GPU; launch it with accelerate_configs/multi_gpu.yaml."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
@@ -374,8 +424,12 @@ def main(args):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(
-        parameters.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)  # fmt: skip
+        parameters.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
     # 4 prepare, register, resume
     student, optimizer = accelerator.prepare(unet, optimizer)
@@ -399,8 +453,15 @@ def main(args):
         if accelerator.is_main_process:
             with ema.applied(parameters), accelerator.autocast():
                 rows = sample_images(
-                    pipeline, args.validation_prompts, ddim_scheduler(pipeline.scheduler, num_steps), num_steps,
-                    contract["guidance_scale"], args.resolution, args.seed, args.num_validation_images)  # fmt: skip
+                    pipeline,
+                    args.validation_prompts,
+                    ddim_scheduler(pipeline.scheduler, num_steps),
+                    num_steps,
+                    contract["guidance_scale"],
+                    args.resolution,
+                    args.seed,
+                    args.num_validation_images,
+                )
             log_images(accelerator, folder, rows, args.validation_prompts, step)
         accelerator.wait_for_everyone()
 
@@ -458,8 +519,7 @@ def main(args):
 
                     def teach(z, timesteps, next_timesteps):
                         if guidance_scale != 1:
-                            output = predict_guided(
-                                teacher, z, timesteps, conditioning, unconditional, guidance_scale)  # fmt: skip
+                            output = predict_guided(teacher, z, timesteps, conditioning, unconditional, guidance_scale)
                         else:
                             output = predict(teacher, z, timesteps, conditioning, timestep_cond)
                         return schedule.ddim_step(output, z, timesteps, next_timesteps)
@@ -511,8 +571,11 @@ def main(args):
             export_fp16(folder, args)
         stages = " ".join(str(folder / f"stage-{num_steps}") for num_steps in students)
         counts = " ".join(map(str, [args.start_steps, *students]))
-        print(f"Done: {folder / 'final'}. Quality against steps: python evaluate.py --trained_steps --steps {counts} "
-              f"--models {args.pretrained_model_name_or_path} {stages}", flush=True)  # fmt: skip
+        print(
+            f"Done: {folder / 'final'}. Quality against steps: python evaluate.py --trained_steps --steps {counts} "
+            f"--models {args.pretrained_model_name_or_path} {stages}",
+            flush=True,
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

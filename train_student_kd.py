@@ -28,38 +28,32 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from tqdm.auto import tqdm
 
-from common import arguments, compression
-from common.arguments import UsageError, weight
+from common import arguments
+from common.arguments import weight
 from common.checkpoint import (
     FinalFolder,
-    StopSignal,
     check_same_run,
     find_checkpoint,
     load_checkpoint,
     make_folder,
-    planned_steps,
     refuse_other_run,
     save_checkpoint,
 )
-from common.data import build_dataloader, load_dataset_from_args, sample_generator
-from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
+from common.compression import students
+from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, is_sdxl, predict
+from common.contract import TINY_SD, read_distillation, write_distillation
+from common.data import build_dataloader, load_dataset_from_args
+from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
-from common.evaluation import Evaluation, add_evaluation_arguments, better, check_evaluation
+from common.errors import UsageError
 from common.hooks import FeatureTap, register_checkpoint_hooks
-from common.models import (
-    TINY_SD,
-    check_compatible,
-    encode_empty_prompt,
-    encode_images,
-    encode_prompts,
-    is_sdxl,
-    load_pipeline,
-    predict,
-    read_distillation,
-    read_pipeline_config,
-    same_weights,
-)
-from common.validation import log_images, sample_images, write_distillation, write_model_card
+from common.judging.evaluation import Evaluation, add_evaluation_arguments, better, check_evaluation
+from common.judging.previews import log_images, sample_images
+from common.outputs import write_model_card
+from common.pipelines import check_compatible, load_pipeline, read_pipeline_config, same_weights
+from common.randomness import sample_generator
+from common.run import StopSignal
+from common.schedulers import ddim_scheduler, student_timesteps
 
 BEST = "best.json"  # in a checkpoint: {"metric", "value", "step"} of the best evaluation so far
 
@@ -69,23 +63,40 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--student_model", help="student pipeline: a folder that prepare_unet_small.py or this script wrote (default: "
-        "sd_small of the teacher, written to <output_dir>/student)")  # fmt: skip
-    add("--task_weight", type=weight, help="weight of the error against the noise in the data (default: 1; 0 with "
-        "--random_latents, and for a teacher whose guidance is baked in)")  # fmt: skip
+    add(
+        "--student_model",
+        help="student pipeline: a folder that prepare_unet_small.py or this script wrote (default: "
+        "sd_small of the teacher, written to <output_dir>/student)",
+    )
+    add(
+        "--task_weight",
+        type=weight,
+        help="weight of the error against the noise in the data (default: 1; 0 with "
+        "--random_latents, and for a teacher whose guidance is baked in)",
+    )
     add("--kd_weight", type=weight, default=1.0, help="weight of the error against the teacher's output")
     add("--feature_weight", type=weight, default=1.0, help="weight of the features' error; 0 reads no features")
     add("--kd_alpha_start", type=weight, default=1.0, help="alpha, a factor of --kd_weight, at the first step")
     add("--kd_alpha_end", type=weight, default=0.5, help="alpha at the last step: linear in between")
     add("--caption_dropout_start", type=share, default=0.0, help="share of captions emptied at the first step")
-    add("--caption_dropout_end", type=share, help="share of captions emptied at the last step: linear in between "
-        "(default: as at the start)")  # fmt: skip
+    add(
+        "--caption_dropout_end",
+        type=share,
+        help="share of captions emptied at the last step: linear in between (default: as at the start)",
+    )
     add("--snr_gamma", type=arguments.positive_float, help="Min-SNR weighting of both output errors, such as 5")
-    add("--prediction_type", choices=("epsilon", "v_prediction"),
-        help="what the student is to predict (default: what it does, which is as its teacher)")  # fmt: skip
-    add("--chain_schedule", type=arguments.positive_int, nargs="+",
+    add(
+        "--prediction_type",
+        choices=("epsilon", "v_prediction"),
+        help="what the student is to predict (default: what it does, which is as its teacher)",
+    )
+    add(
+        "--chain_schedule",
+        type=arguments.positive_int,
+        nargs="+",
         help="lengths of the diffusion chain, such as 1000 500 250: equal shares of the run train on the timesteps of "
-             "ever shorter chains, and the last one's are the output's (default: all timesteps)")  # fmt: skip
+        "ever shorter chains, and the last one's are the output's (default: all timesteps)",
+    )
     add("--random_latents", action="store_true", help="captions only: z ~ N(0, I) in place of noisy images")
     add("--teacher_cpu_offload", action="store_true", help="keep the teacher's UNet in the CPU's memory between uses")
     arguments.add_optimization_arguments(parser, learning_rate=5e-4, train_batch_size=32, max_train_steps=500)
@@ -143,8 +154,10 @@ def chain_index(step, max_train_steps, chains):
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work."""
     if args.random_latents and args.task_weight:
-        raise UsageError(f"--task_weight {args.task_weight:g}: --random_latents has no images, so no noise in them to "
-                         "predict: leave it out.")  # fmt: skip
+        raise UsageError(
+            f"--task_weight {args.task_weight:g}: --random_latents has no images, so no noise in them to "
+            "predict: leave it out."
+        )
     if args.task_weight == 0 and args.kd_weight * max(args.kd_alpha_start, args.kd_alpha_end) == 0:
         raise UsageError("--task_weight and --kd_weight (times its alpha) are both 0: nothing trains the output.")
     chain = args.chain_schedule or []
@@ -165,8 +178,10 @@ def teacher_contract(args):
     """The teacher's distillation.json, which is the student's too: how it is guided, and at which timesteps."""
     contract = read_distillation(args.pretrained_model_name_or_path)
     if contract["guidance"] == "embedded":
-        raise UsageError("the teacher takes its guidance scale as an input; this script distils an unconditional or "
-                         "cfg one: start from the model it was made of.")  # fmt: skip
+        raise UsageError(
+            "the teacher takes its guidance scale as an input; this script distils an unconditional or "
+            "cfg one: start from the model it was made of."
+        )
     if contract.get("timesteps") and args.chain_schedule:
         raise UsageError("--chain_schedule: the teacher has timesteps of its own, for few steps, and no others.")
     return contract
@@ -174,7 +189,7 @@ def teacher_contract(args):
 
 def check_student(args):
     """Refuse, from its files alone, a student that can't learn from the teacher; returns its manifest."""
-    manifest = compression.read_manifest(args.student_model)
+    manifest = read_manifest(args.student_model)
     check_compatible(args.student_model, "--student_model", args.pretrained_model_name_or_path, args.revision)
     if args.feature_weight and not manifest["feature_pairs"]:
         raise UsageError(f"--feature_weight: {args.student_model} names no feature_pairs: set it to 0.")
@@ -184,11 +199,14 @@ def check_student(args):
 def prepare_student(folder, args):
     """The default student: sd_small of the teacher, as a pipeline folder beside the run."""
     pipeline = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant)
-    pipeline.unet, manifest = compression.build_student(pipeline.unet, variant="sd_small")
-    compression.save_student(folder, pipeline, manifest, args.pretrained_model_name_or_path)
+    pipeline.unet, manifest = students.build_student(pipeline.unet, variant="sd_small")
+    students.save_untrained(folder, pipeline, manifest, args.pretrained_model_name_or_path)
     counts = manifest["parameters"]
-    print(f"No --student_model: sd_small of the teacher, {counts['student']:,} of {counts['teacher']:,} parameters, "
-          f"is in {folder}.", flush=True)  # fmt: skip
+    print(
+        f"No --student_model: sd_small of the teacher, {counts['student']:,} of {counts['teacher']:,} parameters, "
+        f"is in {folder}.",
+        flush=True,
+    )
 
 
 class Student(torch.nn.Module):
@@ -218,8 +236,10 @@ def build_projections(tap, teacher_tap, pairs, args):
     for name, teacher_name in pairs:
         own, theirs = tap.features[name].shape, teacher_tap.features[teacher_name].shape
         if own[2:] != theirs[2:]:
-            raise UsageError(f"{Path(args.student_model) / compression.MANIFEST}: the feature pair {name}, "
-                             f"{teacher_name} is of different sizes, {own[2:]} and {theirs[2:]}.")  # fmt: skip
+            raise UsageError(
+                f"{Path(args.student_model) / MANIFEST}: the feature pair {name}, "
+                f"{teacher_name} is of different sizes, {own[2:]} and {theirs[2:]}."
+            )
         if own[1] != theirs[1]:
             projection = torch.nn.Conv2d(own[1], theirs[1], 1)
             torch.nn.init.zeros_(projection.weight)
@@ -251,11 +271,13 @@ def save_pipeline(folder, args, average, manifest, scheduler, contract, notes):
     pipeline.scheduler = scheduler
     with FinalFolder(folder) as final:
         pipeline.save_pretrained(final)
-        compression.write_manifest(final, manifest)
+        write_manifest(final, manifest)
         write_distillation(final, **contract)
         steps = f"num_inference_steps={contract['steps']}, " if contract["steps"] else ""
         write_model_card(
-            final, "Smaller student", args.pretrained_model_name_or_path,
+            final,
+            "Smaller student",
+            args.pretrained_model_name_or_path,
             usage=f"""
 from diffusers import DiffusionPipeline
 
@@ -264,10 +286,11 @@ image = pipe("a prompt", {steps}guidance_scale={contract["guidance_scale"]:g}).i
             notes={
                 "method": "knowledge distillation of the UNet (BK-SDM)",
                 "UNet": f"{manifest.get('variant') or 'narrower'}, widths {manifest.get('block_out_channels')}, "
-                        f"{sum(value.numel() for value in weights.values()):,} parameters",
+                f"{sum(value.numel() for value in weights.values()):,} parameters",
                 "weights of task, KD, features": f"{args.task_weight:g}, {args.kd_weight:g}, {args.feature_weight:g}",
                 **notes,
-            })  # fmt: skip
+            },
+        )
 
 
 def export_fp16(folder, args):
@@ -276,7 +299,7 @@ def export_fp16(folder, args):
     pipeline = load_pipeline(final, torch.float16)
     with FinalFolder(Path(folder) / "final-fp16") as export:
         pipeline.save_pretrained(export)
-        for name in ("distillation.json", compression.MANIFEST, "README.md"):
+        for name in ("distillation.json", MANIFEST, "README.md"):
             shutil.copy(final / name, export)
         if not same_weights(pipeline.unet, load_pipeline(export, torch.float16).unet):
             raise RuntimeError("the exported pipeline reloads with another UNet")
@@ -286,7 +309,7 @@ def main(args):
     check_arguments(args)
     arguments.check_tracker(args)
     if args.student_model and args.pretrained_model_name_or_path is None:
-        parent = compression.read_manifest(args.student_model).get("parent")
+        parent = read_manifest(args.student_model).get("parent")
         if parent is not None and Path(parent).resolve() != TINY_SD:
             args.pretrained_model_name_or_path = parent  # the teacher that the student was cut out of
     arguments.use_embedded_default(args)
@@ -307,11 +330,17 @@ def main(args):
     folder = Path(args.output_dir) / (args.run_name or "")
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError("train_student_kd.py runs under DDP only: its average, checkpoints and features need whole "
-                         "weights on every GPU; launch it with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
+        raise UsageError(
+            "train_student_kd.py runs under DDP only: its average, checkpoints and features need whole "
+            "weights on every GPU; launch it with accelerate_configs/multi_gpu.yaml."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
@@ -335,11 +364,16 @@ def main(args):
             f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {folder}: a fresh start."
         )
     planned = planned_steps(checkpoint) if checkpoint else None
-    changing = [flag for flag, changes in (
-        (f"--lr_scheduler {args.lr_scheduler}", args.lr_scheduler != "constant"),
-        ("--kd_alpha_end", args.kd_alpha_start != args.kd_alpha_end),
-        ("--caption_dropout_end", args.caption_dropout_start != args.caption_dropout_end),
-        ("--chain_schedule", len(args.chain_schedule or []) > 1)) if changes]  # fmt: skip
+    changing = [
+        flag
+        for flag, changes in (
+            (f"--lr_scheduler {args.lr_scheduler}", args.lr_scheduler != "constant"),
+            ("--kd_alpha_end", args.kd_alpha_start != args.kd_alpha_end),
+            ("--caption_dropout_end", args.caption_dropout_start != args.caption_dropout_end),
+            ("--chain_schedule", len(args.chain_schedule or []) > 1),
+        )
+        if changes
+    ]
     if changing and planned not in (None, args.max_train_steps):
         accelerator.print(
             f"warning: {', '.join(changing)} was planned for {planned} steps and now ends at {args.max_train_steps}: "
@@ -379,10 +413,14 @@ def main(args):
     except ValueError as error:
         raise UsageError(f"--chain_schedule: {error}.") from None
     contract = {
-        "method": "student_kd", "parent": args.pretrained_model_name_or_path, "steps": contract.get("steps"),
-        "timesteps": contract.get("timesteps"), "guidance": contract["guidance"],
-        "guidance_scale": contract["guidance_scale"], "target": contract.get("target"),
-    }  # fmt: skip
+        "method": "student_kd",
+        "parent": args.pretrained_model_name_or_path,
+        "steps": contract.get("steps"),
+        "timesteps": contract.get("timesteps"),
+        "guidance": contract["guidance"],
+        "guidance_scale": contract["guidance_scale"],
+        "target": contract.get("target"),
+    }
     few_steps = bool(contract["timesteps"])  # the teacher knows no others
     if few_steps:
         chains = [contract["timesteps"]]
@@ -395,8 +433,10 @@ def main(args):
     if not torch.equal(ours, teacher_schedule.alpha(every)):
         raise UsageError(f"--student_model {args.student_model}: its noise schedule is not the teacher's.")
     if schedule.prediction_type == "epsilon" and ours.min() == 0:
-        raise UsageError("--prediction_type epsilon says nothing of the image at the zero terminal SNR that the "
-                         "teacher's scheduler has: use v_prediction.")  # fmt: skip
+        raise UsageError(
+            "--prediction_type epsilon says nothing of the image at the zero terminal SNR that the "
+            "teacher's scheduler has: use v_prediction."
+        )
     unconditional = encode_empty_prompt(pipeline, args.resolution)
     teacher_unconditional = unconditional if one_text else encode_empty_prompt(teacher_pipeline, args.resolution)
     shape = (unet.config.in_channels, args.resolution // factor, args.resolution // factor)
@@ -407,7 +447,7 @@ def main(args):
     try:  # on the plain modules, before anything wraps them
         tap, teacher_tap = FeatureTap(unet, names), FeatureTap(teacher, teacher_names)
     except KeyError as error:
-        file = Path(args.student_model) / compression.MANIFEST
+        file = Path(args.student_model) / MANIFEST
         raise UsageError(f"{file}: feature_pairs: {error.args[0]}.") from None
     with torch.no_grad(), accelerator.autocast():
         probe = torch.zeros(1, *shape, device=accelerator.device), every[:1]
@@ -429,8 +469,12 @@ def main(args):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(
-        parameters.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)  # fmt: skip
+        parameters.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
     # 4 prepare, register, resume
     plain = student
@@ -438,8 +482,10 @@ def main(args):
     register_checkpoint_hooks(accelerator, {"student": parameters}, {"student": ema})
     best = None
     accelerator.register_save_state_pre_hook(
-        lambda models, weights, where: (Path(where) / BEST).write_text(json.dumps(best))
-        if accelerator.is_main_process else None)  # fmt: skip
+        lambda models, weights, where: (
+            (Path(where) / BEST).write_text(json.dumps(best)) if accelerator.is_main_process else None
+        )
+    )
     if checkpoint:
         load_checkpoint(accelerator, checkpoint)
         ema.updates = step
@@ -465,8 +511,15 @@ def main(args):
         if accelerator.is_main_process:
             with ema.applied(parameters), accelerator.autocast():
                 rows = sample_images(
-                    pipeline, args.validation_prompts, sampler, sampling_steps, guidance_scale, args.resolution,
-                    args.seed, args.num_validation_images)  # fmt: skip
+                    pipeline,
+                    args.validation_prompts,
+                    sampler,
+                    sampling_steps,
+                    guidance_scale,
+                    args.resolution,
+                    args.seed,
+                    args.num_validation_images,
+                )
             log_images(accelerator, folder, rows, args.validation_prompts, step)
         accelerator.wait_for_everyone()
 
@@ -477,7 +530,8 @@ def main(args):
             if args.lpips_trunk_path and evaluation.teacher_images is None:
                 teacher_to(accelerator.device)
                 evaluation.teacher_images = evaluation.images(
-                    accelerator, teacher_pipeline, teacher_sampler, sampling_steps, guidance_scale)  # fmt: skip
+                    accelerator, teacher_pipeline, teacher_sampler, sampling_steps, guidance_scale
+                )
                 teacher_to("cpu")
             with ema.applied(parameters):
                 images = evaluation.images(accelerator, pipeline, sampler, sampling_steps, guidance_scale)
@@ -533,9 +587,15 @@ def main(args):
                     output = predict(student, z, timesteps, conditioning)
                 teacher_features = [teacher_tap.features[name] for name in teacher_names]
                 loss, terms = kd_loss(
-                    output, teacher_output, target, list(zip(plain.features(tap, names), teacher_features)),
-                    min_snr_weights(schedule, timesteps, args.snr_gamma), args.task_weight, alpha * args.kd_weight,
-                    args.feature_weight)  # fmt: skip
+                    output,
+                    teacher_output,
+                    target,
+                    list(zip(plain.features(tap, names), teacher_features)),
+                    min_snr_weights(schedule, timesteps, args.snr_gamma),
+                    args.task_weight,
+                    alpha * args.kd_weight,
+                    args.feature_weight,
+                )
                 accelerator.backward(loss)
                 step_losses += torch.stack([loss, *terms]).detach() / args.gradient_accumulation_steps
                 if accelerator.sync_gradients:

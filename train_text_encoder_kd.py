@@ -31,34 +31,29 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig
 
 from common import arguments
-from common.arguments import UsageError
 from common.checkpoint import (
     FinalFolder,
-    StopSignal,
     check_same_run,
     find_checkpoint,
     load_checkpoint,
     make_folder,
-    planned_steps,
     refuse_other_run,
     save_checkpoint,
 )
-from common.data import build_dataloader, load_dataset_from_args, sample_generator
-from common.diffusion import NoiseSchedule, ddim_scheduler
+from common.conditioning import Conditioning, encode_prompts, is_sdxl, predict
+from common.contract import read_distillation, write_distillation
+from common.data import build_dataloader, load_dataset_from_args
+from common.diffusion import NoiseSchedule
 from common.ema import EMA
+from common.errors import UsageError
 from common.hooks import register_checkpoint_hooks
-from common.models import (
-    Conditioning,
-    encode_prompts,
-    is_sdxl,
-    load_pipeline,
-    predict,
-    read_distillation,
-    read_pipeline_config,
-    same_weights,
-)
+from common.judging.previews import log_images, sample_images
+from common.outputs import write_model_card
+from common.pipelines import load_pipeline, read_pipeline_config, same_weights
+from common.randomness import sample_generator
+from common.run import StopSignal
+from common.schedulers import ddim_scheduler
 from common.text_encoders import fit_projection, kept_layers, shrink_text_encoder
-from common.validation import log_images, sample_images, write_distillation, write_model_card
 
 SIZES = ("num_hidden_layers", "intermediate_size", "hidden_size")
 FIT_CAPTIONS = 256  # that the projection of a narrower hidden size is first fitted on
@@ -70,18 +65,32 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--text_encoder", choices=("text_encoder", "text_encoder_2"), default="text_encoder",
-        help="which of SDXL's two encoders is made smaller")  # fmt: skip
-    add("--num_hidden_layers", type=arguments.positive_int,
-        help="layers of the student (default: half of the teacher's, or all where a width is given)")  # fmt: skip
+    add(
+        "--text_encoder",
+        choices=("text_encoder", "text_encoder_2"),
+        default="text_encoder",
+        help="which of SDXL's two encoders is made smaller",
+    )
+    add(
+        "--num_hidden_layers",
+        type=arguments.positive_int,
+        help="layers of the student (default: half of the teacher's, or all where a width is given)",
+    )
     add("--intermediate_size", type=arguments.positive_int, help="MLP width of the student (default: the teacher's)")
-    add("--hidden_size", type=arguments.positive_int,
-        help="hidden size of the student, projected back for the UNet (default: the teacher's)")  # fmt: skip
+    add(
+        "--hidden_size",
+        type=arguments.positive_int,
+        help="hidden size of the student, projected back for the UNet (default: the teacher's)",
+    )
     add("--pooled_weight", type=float, default=0.5, help="w_p, weight of the pooled output's error")
     add("--through_unet", action="store_true", help="add the error measured through the frozen UNet's output")
     add("--unet_weight", type=arguments.positive_float, help="w_u, weight of --through_unet (default: 10)")
-    add("--caption_dropout", type=arguments.fraction, default=0.1,
-        help="share of captions replaced by the empty one, which classifier-free guidance encodes")  # fmt: skip
+    add(
+        "--caption_dropout",
+        type=arguments.fraction,
+        default=0.1,
+        help="share of captions replaced by the empty one, which classifier-free guidance encodes",
+    )
     arguments.add_optimization_arguments(parser, learning_rate=1e-3, train_batch_size=64, max_train_steps=2000)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/text_encoder_kd")
     arguments.add_validation_arguments(parser)
@@ -89,8 +98,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def text_encoder_loss(hidden, pooled, teacher_hidden, teacher_pooled, pooled_weight=0.5, output=None,
-                      teacher_output=None, unet_weight=0.0):  # fmt: skip
+def text_encoder_loss(
+    hidden,
+    pooled,
+    teacher_hidden,
+    teacher_pooled,
+    pooled_weight=0.5,
+    output=None,
+    teacher_output=None,
+    unet_weight=0.0,
+):
     """The equation on top: dict of the scalars "loss" and, unweighted, "hidden_loss", "pooled_loss" and "unet_loss".
 
     hidden: (B, L, D) as the UNet's cross-attention gets them; pooled: (B, P); output: the UNet's (B, C, H, W), given
@@ -128,8 +145,9 @@ class TextStates(torch.nn.Module):
 
 def tokenize(tokenizer, captions):
     """Token ids (B, L), padded and truncated to the model's length as stock pipelines do."""
-    return tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                     return_tensors="pt").input_ids  # fmt: skip
+    return tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def with_student(conditioning, hidden, pooled, name):
@@ -194,11 +212,13 @@ def check_student(args, sdxl):
     try:
         teacher = CLIPTextConfig.from_pretrained(path, subfolder=name, revision=args.revision)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--pretrained_model_name_or_path {path}: {name}/config.json can't be read "
-                         f"({str(error).splitlines()[0]}).") from None  # fmt: skip
+        raise UsageError(
+            f"--pretrained_model_name_or_path {path}: {name}/config.json can't be read ({str(error).splitlines()[0]})."
+        ) from None
     if getattr(teacher, "use_attention_mask", False):
-        raise UsageError(f"--pretrained_model_name_or_path {path}: its {name} masks the padding, which this script "
-                         "does not handle.")  # fmt: skip
+        raise UsageError(
+            f"--pretrained_model_name_or_path {path}: its {name} masks the padding, which this script does not handle."
+        )
     whole = args.intermediate_size is None and args.hidden_size is None
     least = 2 if sdxl else 1
     if args.num_hidden_layers is None:
@@ -209,24 +229,32 @@ def check_student(args, sdxl):
         if getattr(args, size) > getattr(teacher, size):
             raise UsageError(f"--{size} {getattr(args, size)} is more than the teacher's {getattr(teacher, size)}.")
     if args.num_hidden_layers < least:
-        raise UsageError(f"--num_hidden_layers {args.num_hidden_layers}: SDXL's UNet gets the states before the last "
-                         "layer, so at least 2 are needed.")  # fmt: skip
+        raise UsageError(
+            f"--num_hidden_layers {args.num_hidden_layers}: SDXL's UNet gets the states before the last "
+            "layer, so at least 2 are needed."
+        )
     if args.hidden_size % teacher.num_attention_heads:
-        raise UsageError(f"--hidden_size {args.hidden_size} is not divisible by the teacher's "
-                         f"{teacher.num_attention_heads} attention heads.")  # fmt: skip
+        raise UsageError(
+            f"--hidden_size {args.hidden_size} is not divisible by the teacher's "
+            f"{teacher.num_attention_heads} attention heads."
+        )
     if args.hidden_size < teacher.hidden_size:
         if sdxl:
             raise UsageError("--hidden_size is for pipelines with one text encoder: SDXL's two are read side by side.")
         unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=args.revision)
         if unet.get("encoder_hid_dim") is not None:
-            raise UsageError(f"--hidden_size: the UNet of {path} has a projection of text states already; start from "
-                             "the model it was made of.")  # fmt: skip
+            raise UsageError(
+                f"--hidden_size: the UNet of {path} has a projection of text states already; start from "
+                "the model it was made of."
+            )
     if sdxl and args.pooled_weight == 0:
         raise UsageError("--pooled_weight 0: SDXL's last layer learns from the pooled output alone.")
     contract = read_distillation(path)
     if args.through_unet and contract["guidance"] == "embedded":
-        raise UsageError("--through_unet: this UNet takes its guidance scale as an input, which is not sampled here; "
-                         "leave the flag out.")  # fmt: skip
+        raise UsageError(
+            "--through_unet: this UNet takes its guidance scale as an input, which is not sampled here; "
+            "leave the flag out."
+        )
     return contract
 
 
@@ -275,19 +303,22 @@ def save_final(folder, args, student, contract, step):
         )
         through = f", through the UNet (weight {args.unet_weight:g})" if args.through_unet else ""
         write_model_card(
-            final, "Pipeline with a smaller text encoder", args.pretrained_model_name_or_path,
+            final,
+            "Pipeline with a smaller text encoder",
+            args.pretrained_model_name_or_path,
             usage=f"""
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
-image = pipe("a prompt", {steps}guidance_scale={contract['guidance_scale']:g}).images[0]""",
+image = pipe("a prompt", {steps}guidance_scale={contract["guidance_scale"]:g}).images[0]""",
             notes={
                 "method": f"knowledge distillation of {args.text_encoder}",
                 f"{args.text_encoder} parameters": f"{before:,} -> {after:,}, projection included",
                 "sizes": changed,
                 "loss": f"hidden states, pooled output (weight {args.pooled_weight:g}){through}",
                 "optimizer steps": step,
-            })  # fmt: skip
+            },
+        )
 
 
 def export_fp16(folder):
@@ -318,11 +349,17 @@ def main(args):
     folder = Path(args.output_dir) / (args.run_name or "")
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     accelerator = Accelerator(
-        cpu=no_gpu, gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to, project_dir=folder)  # fmt: skip
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+    )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError("train_text_encoder_kd.py runs under DDP only: a text encoder has little to shard; launch it "
-                         "with accelerate_configs/multi_gpu.yaml.")  # fmt: skip
+        raise UsageError(
+            "train_text_encoder_kd.py runs under DDP only: a text encoder has little to shard; launch it "
+            "with accelerate_configs/multi_gpu.yaml."
+        )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
 
@@ -362,8 +399,13 @@ def main(args):
 
     # 2 trainable models, in fp32, from the teacher's weights as they are stored
     source = type(teacher.encoder).from_pretrained(
-        args.pretrained_model_name_or_path, subfolder=args.text_encoder, revision=args.revision, variant=args.variant,
-        dtype=torch.float32, use_safetensors=True)  # fmt: skip
+        args.pretrained_model_name_or_path,
+        subfolder=args.text_encoder,
+        revision=args.revision,
+        variant=args.variant,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
     encoder = shrink_text_encoder(
         source, args.num_hidden_layers, args.intermediate_size, args.hidden_size, penultimate=sdxl
     )
@@ -395,8 +437,12 @@ def main(args):
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as optimizer_class
     optimizer = optimizer_class(
-        parameters.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)  # fmt: skip
+        parameters.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
 
     # 4 prepare, register, resume
     plain_student = student
@@ -421,8 +467,15 @@ def main(args):
             in_place = student_in_place(pipeline, args.text_encoder, plain_student)
             with ema.applied(parameters), in_place, accelerator.autocast():
                 rows = sample_images(
-                    pipeline, args.validation_prompts, scheduler, steps, contract["guidance_scale"], args.resolution,
-                    args.seed, args.num_validation_images)  # fmt: skip
+                    pipeline,
+                    args.validation_prompts,
+                    scheduler,
+                    steps,
+                    contract["guidance_scale"],
+                    args.resolution,
+                    args.seed,
+                    args.num_validation_images,
+                )
             log_images(accelerator, folder, rows, args.validation_prompts, step)
         accelerator.wait_for_everyone()
 
@@ -457,8 +510,15 @@ def main(args):
                     with accelerator.autocast():
                         output = predict(unet, z, timesteps, conditioning)
                 losses = text_encoder_loss(
-                    hidden, pooled, teacher_hidden, teacher_pooled, args.pooled_weight, output, teacher_output,
-                    args.unet_weight)  # fmt: skip
+                    hidden,
+                    pooled,
+                    teacher_hidden,
+                    teacher_pooled,
+                    args.pooled_weight,
+                    output,
+                    teacher_output,
+                    args.unet_weight,
+                )
                 accelerator.backward(losses["loss"])
                 for name, value in losses.items():
                     share = value.detach() / args.gradient_accumulation_steps

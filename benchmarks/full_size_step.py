@@ -38,22 +38,36 @@ def build_sd15(folder):
         layers_per_block=2,
     )
     text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=49408,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler = PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="outputs/full_size")
-    parser.add_argument("--script", choices=("train_flash_lora.py", "train_student_kd.py"),
-                        default="train_flash_lora.py")  # fmt: skip
+    parser.add_argument(
+        "--script", choices=("train_flash_lora.py", "train_student_kd.py"), default="train_flash_lora.py"
+    )
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--max_steps", type=int, default=1)
     parser.add_argument("rest", nargs="*", help="further arguments of the script, after --")
@@ -71,14 +85,38 @@ def main():
     if args.script == "train_student_kd.py":
         more = ["--student_model", str(student)]
         if not (student / "model_index.json").is_file():
-            prepare = [sys.executable, str(ROOT / "prepare_unet_small.py"), "--variant", "sd_tiny",
-                       "--pretrained_model_name_or_path", str(pipeline), "--output_dir", str(student)]  # fmt: skip
+            prepare = [
+                sys.executable,
+                str(ROOT / "prepare_unet_small.py"),
+                "--variant",
+                "sd_tiny",
+                "--pretrained_model_name_or_path",
+                str(pipeline),
+                "--output_dir",
+                str(student),
+            ]
             subprocess.run(prepare, check=True, env=environment)
     command = [
-        sys.executable, str(ROOT / args.script), "--pretrained_model_name_or_path", str(pipeline), *more,
-        "--dataset_name", "shapes", "--resolution", str(args.resolution), "--batch_size", "1", "--max_steps",
-        str(args.max_steps), "--output_dir", str(run), "--overwrite_output_dir", "--report_to", "none", *args.rest,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / args.script),
+        "--pretrained_model_name_or_path",
+        str(pipeline),
+        *more,
+        "--dataset_name",
+        "shapes",
+        "--resolution",
+        str(args.resolution),
+        "--batch_size",
+        "1",
+        "--max_steps",
+        str(args.max_steps),
+        "--output_dir",
+        str(run),
+        "--overwrite_output_dir",
+        "--report_to",
+        "none",
+        *args.rest,
+    ]
     began = time.time()
     process = subprocess.Popen(command, env=environment)
     _, status, usage = os.wait4(process.pid, 0)  # its own peak, not that of whatever was waited for before

@@ -1,30 +1,8 @@
-"""The shared argument groups: names, defaults and help of every flag that more than one script has."""
+"""The flags that more than one script has: names, defaults, types and help. What they decide is decided elsewhere."""
 
 import argparse
-import math
-import os
-import sys
 
-from accelerate.tracking import get_available_trackers
-
-from common.checkpoint import CheckpointError
-from common.data import DataError
-from common.models import TINY_SD, ModelError, comes_from_tiny_sd
-
-
-class UsageError(ValueError):
-    """A combination of arguments that can't work, in one sentence."""
-
-
-# Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
-# What decides the global batch is compared as one number.
-FREE_ON_RESUME = {
-    "output_dir", "run_name", "overwrite_output_dir", "max_train_steps", "resume_from_checkpoint",
-    "checkpointing_steps", "checkpoints_total_limit", "train_batch_size", "gradient_accumulation_steps",
-    "dataloader_num_workers", "validation_prompts", "validation_steps", "num_validation_images", "report_to",
-    "export", "gradient_checkpointing", "torch_compile", "allow_tf32", "eval_steps", "teacher_cpu_offload",
-    "max_skipped_updates",
-}  # fmt: skip
+LPIPS_HELP = "LPIPS: torchvision's VGG-16 weights, a file or 'download'"
 
 
 def make_parser(docstring):
@@ -64,7 +42,17 @@ def positive_float(text):
 
 
 def weight(text):
-    return 0.0 if float(text) == 0 else positive_float(text)
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def step_count(text):
+    value = positive_int(text)
+    if value > 1000:
+        raise argparse.ArgumentTypeError(f"{text} is more than the model's 1000 timesteps")
+    return value
 
 
 def fraction(text):
@@ -99,22 +87,63 @@ def add_data_arguments(parser):
     return group
 
 
+def add_few_step_arguments(add):
+    """The schedule of a student that jumps between a few timesteps; `add` is a group's add_argument."""
+    add("--num_inference_steps", "--num_student_steps", type=step_count, default=4, help="N: steps of its schedule")
+    add(
+        "--timestep_probs",
+        type=positive_float,
+        nargs="+",
+        help="how often each of its timesteps is drawn, noisiest first, such as 0.4 0.2 0.2 0.2: the first step has "
+        "the most to learn (default: all alike)",
+    )
+
+
+def add_lora_arguments(parser, *, lora_rank=None):
+    """lora_rank: the flag's default; None where a script trains the whole UNet unless it is given."""
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    whole = "" if lora_rank else " (default: train the whole UNet)"
+    add("--lora_rank", type=positive_int, default=lora_rank, help=f"rank of the adapters{whole}")
+    add("--lora_alpha", type=positive_float, help="scale of the adapters is alpha / rank (default: 32)")
+    add("--lora_targets", nargs="+", help="UNet layers to adapt (default: to_q to_k to_v to_out.0)")
+    return group
+
+
 def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_train_steps):
     """max_train_steps: the flag's default; None where a script has other flags for the length, and no such one."""
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--train_batch_size", "--batch_size", type=positive_int, default=train_batch_size,
-        help="samples per process and micro-batch")  # fmt: skip
+    add(
+        "--train_batch_size",
+        "--batch_size",
+        type=positive_int,
+        default=train_batch_size,
+        help="samples per process and micro-batch",
+    )
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step")
     if max_train_steps is not None:
-        add("--max_train_steps", "--max_steps", type=positive_int, default=max_train_steps,
-            help="optimizer steps in all")  # fmt: skip
+        add(
+            "--max_train_steps",
+            "--max_steps",
+            type=positive_int,
+            default=max_train_steps,
+            help="optimizer steps in all",
+        )
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
-    add("--lr_scheduler", choices=("constant", "linear", "cosine", "one_cycle"), default="constant",
+    add(
+        "--lr_scheduler",
+        choices=("constant", "linear", "cosine", "one_cycle"),
+        default="constant",
         help="after the warm-up: constant, or down to 0 at --max_train_steps; one_cycle: up from 1/25 along a cosine "
-             "for the warm-up, then down to 1/250000 along another")  # fmt: skip
-    add("--lr_warmup_steps", type=natural, default=0,
-        help="steps of linear warm-up (one_cycle: of its rise, 0 being 30 %% of the run)")  # fmt: skip
+        "for the warm-up, then down to 1/250000 along another",
+    )
+    add(
+        "--lr_warmup_steps",
+        type=natural,
+        default=0,
+        help="steps of linear warm-up (one_cycle: of its rise, 0 being 30 %% of the run)",
+    )
     add("--adam_beta1", type=fraction, default=0.9, help="AdamW")
     add("--adam_beta2", type=fraction, default=0.999, help="AdamW")
     add("--adam_weight_decay", type=fraction, default=0.0, help="AdamW")
@@ -122,6 +151,12 @@ def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_t
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradient norm is clipped to this")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit: saves memory (CUDA)")
     add("--ema_decay", type=fraction, default=0.999, help="average of the weights, which final/ holds")
+    add(
+        "--max_skipped_updates",
+        type=positive_int,
+        default=20,
+        help="an update whose gradient is not finite is skipped; so many in a row end the run",
+    )
     return group
 
 
@@ -147,6 +182,26 @@ def add_validation_arguments(parser):
     return group
 
 
+def add_evaluation_arguments(parser):
+    group = parser.add_argument_group("evaluation during training")
+    add = group.add_argument
+    add(
+        "--eval_steps",
+        type=positive_int,
+        help="judge the averaged student every so many steps, and keep the best one in best/ (default: never)",
+    )
+    add(
+        "--eval_data_dir",
+        help="held-out images with captions, in any format of --data_dir (default with shapes: held-out renders)",
+    )
+    add("--num_eval_images", type=positive_int, default=200, help="captions to judge by")
+    add("--eval_inference_steps", type=positive_int, default=25, help="DDIM steps per image")
+    add("--clip_model", help="CLIP for CLIP score and Fréchet distance (default with shapes: tiny-clip, else none)")
+    add("--inception_path", help="torch-fidelity's Inception weights, for FID (default: no FID)")
+    add("--lpips_trunk_path", help=f"{LPIPS_HELP} (default: no LPIPS)")
+    return group
+
+
 def add_runtime_arguments(parser):
     group = parser.add_argument_group("runtime")
     add = group.add_argument
@@ -154,76 +209,12 @@ def add_runtime_arguments(parser):
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--torch_compile", action="store_true", help="compile the UNet")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
+    add("--allow_tf32", action="store_true", help="TF32 in matrix products and convolutions, on Ampere and later")
+    add(
+        "--ddp_timeout",
+        type=positive_int,
+        default=7200,
+        help="seconds that processes wait for each other, such as for the main one's validation, before they give up",
+    )
     add("--export", choices=("fp16",), help="also write final-fp16/, a whole pipeline with the student in it")
     return group
-
-
-def use_embedded_default(args):
-    """With no model and no data: tiny-sd and shapes, said in one line. With a foreign model alone: UsageError."""
-    no_data = args.data_dir is None and args.dataset_name is None
-    if args.pretrained_model_name_or_path is None:
-        if not no_data and args.dataset_name != "shapes":
-            print(f"No --pretrained_model_name_or_path: the teacher is the embedded {TINY_SD.name}.", flush=True)
-        args.pretrained_model_name_or_path = str(TINY_SD)
-        if no_data:
-            args.dataset_name = "shapes"
-            if int(os.environ.get("RANK", 0)) == 0:
-                print("No model and no data given: using the embedded assets/tiny-sd and rendered shapes.", flush=True)
-    elif no_data and comes_from_tiny_sd(args.pretrained_model_name_or_path):
-        args.dataset_name = "shapes"
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("No data given, and the model was made from tiny-sd: using rendered shapes.", flush=True)
-    elif no_data:
-        raise UsageError(
-            "--pretrained_model_name_or_path is given but no data: add --data_dir or --dataset_name "
-            "(--dataset_name shapes asks for rendered shapes)."
-        )
-
-
-def check_tracker(args):
-    """UsageError where --report_to names a tracker that isn't installed: accelerate would find out much later."""
-    available = [str(tracker.value) for tracker in get_available_trackers()]
-    if args.report_to not in ("none", "all", *available):
-        raise UsageError(
-            f"--report_to {args.report_to}: not installed; there is {', '.join(available)}, all and none."
-        )
-
-
-def learning_rate_at(step, args):
-    """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing.
-
-    one_cycle is torch's OneCycleLR (its defaults: cosine, 30 % rise, from 1/25, to 1/250000), momentum left alone.
-    """
-    if args.lr_scheduler == "one_cycle":
-        last, peak = args.max_train_steps - 1, (args.lr_warmup_steps or 0.3 * args.max_train_steps) - 1
-        if step < peak:
-            low, done = args.learning_rate / 25, 1 - step / peak
-        else:
-            low, done = args.learning_rate / 250000, (step - peak) / max(last - peak, 1)
-        return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
-    if step < args.lr_warmup_steps:
-        return args.learning_rate * (step + 1) / args.lr_warmup_steps
-    done = (step - args.lr_warmup_steps) / max(args.max_train_steps - args.lr_warmup_steps, 1)
-    if args.lr_scheduler == "linear":
-        return args.learning_rate * (1 - done)
-    if args.lr_scheduler == "cosine":
-        return args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return args.learning_rate
-
-
-def resume_identity(args):
-    """The arguments that a continuation must share with its run. tiny-sd is the same wherever the checkout lies."""
-    shared = {name: value for name, value in sorted(vars(args).items()) if name not in FREE_ON_RESUME}
-    return {name: "assets/tiny-sd" if value == str(TINY_SD) else value for name, value in shared.items()}
-
-
-def run_script(main, args):
-    """Run main(args); a user's mistake becomes one sentence on stderr and exit status 2."""
-    try:
-        main(args)
-    except (UsageError, ModelError, DataError, CheckpointError) as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
-        print(f"error: {error}{where}", file=sys.stderr, flush=True)
-        sys.exit(2)

@@ -1,23 +1,25 @@
-"""Checkpoints: atomic checkpoint-N folders, resume, retention, signals, and folders that hold one run each.
+"""Checkpoints: atomic checkpoint-N folders, resume, retention, and folders that hold one run each.
 
 A checkpoint is visible only when it is complete: all ranks write into a hidden folder, rank 0 renames it. It holds no
-random states: everything random is derived from (seed, step, index); see common/data.py.
+random states: everything random is derived from (seed, step, index); see common/randomness.py.
 """
 
 import json
 import os
+import pickle
 import re
 import shutil
-import signal
+import tempfile
 from pathlib import Path
 
-import torch
+from common.contract import CONTRACT
+from common.errors import CheckpointError, first_line
 
-STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments}: written last: it marks a complete one
-
-
-class CheckpointError(ValueError):
-    """A folder that can't be started in or resumed from, in one sentence."""
+STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments, state}: written last: a complete one
+# What a run writes, by exact names: nothing else is ever removed. Beside these its own hidden temporaries.
+_WRITTEN = re.compile(r"checkpoint-\d+|stage-\d+|final|final-fp16|final-int8")
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+|stage-\d+|final|final-fp16|final-int8|best|student)(\.old)?\.tmp")
+_PROVEN = ("best", "student")  # of train_student_kd.py: words that others use too, so by their contract
 
 
 def checkpoints_in(folder):
@@ -72,17 +74,20 @@ def make_folder(folder, checkpoint):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise CheckpointError(f"--output_dir: {folder} can't be made ({error.strerror}).") from None
-    stale = [] if checkpoint else _run_folders(folder)
+        raise CheckpointError(f"--output_dir: {folder} can't be made or written ({error.strerror}).") from None
+    stale = _run_folders(folder)
     if checkpoint and Path(checkpoint).resolve().parent == folder.resolve():
-        resumed = json.loads((Path(checkpoint) / STATE).read_text())["step"]
-        stale = [path for path in folder.glob("checkpoint-*") if not (path / STATE).is_file()]
-        stale += [path for step, path in checkpoints_in(folder) if step > resumed]
+        resumed = read_state(checkpoint)["step"]
+        stale = [path for path in stale if path.name.startswith("checkpoint-")]
+        stale = [path for path in stale if not (path / STATE).is_file() or int(path.name[11:]) > resumed]
     for path in stale:
         _remove(path)
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path):
@@ -94,8 +99,25 @@ def _remove(path):
 
 
 def _run_folders(folder):
-    names = ("checkpoint-", "final")
-    return sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.startswith(names))
+    """The folders in `folder` that a run wrote, by their exact names."""
+    found = [path for path in Path(folder).glob("*") if path.is_dir() and _WRITTEN.fullmatch(path.name)]
+    found += [path for path in (Path(folder) / name for name in _PROVEN) if (path / CONTRACT).is_file()]
+    return sorted(found)
+
+
+def read_state(checkpoint):
+    """state.json of a checkpoint: {"step", "max_train_steps", "global_batch_size", "arguments", "state"}.
+
+    Raises CheckpointError where it can't be read.
+    """
+    file = Path(checkpoint) / STATE
+    try:
+        saved = json.loads(file.read_text())
+        return {**saved, "step": int(saved["step"]), "arguments": dict(saved["arguments"]), "state": saved["state"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} can't be read ({type(error).__name__}: {first_line(error)}): resume from another checkpoint."
+        ) from None
 
 
 def check_same_run(checkpoint, arguments, global_batch_size):
@@ -104,22 +126,16 @@ def check_same_run(checkpoint, arguments, global_batch_size):
     arguments: dict of those arguments only. How the global batch is split over processes and accumulation changes
     nothing, so only its size is compared; a longer --max_train_steps is no change either.
     """
-    state = json.loads((Path(checkpoint) / STATE).read_text())
+    state = read_state(checkpoint)
     current = {**json.loads(json.dumps(arguments)), "global batch size": global_batch_size}
-    saved = {**state["arguments"], "global batch size": state["global_batch_size"]}
+    saved = {**state["arguments"], "global batch size": state.get("global_batch_size")}
     changed = [name for name in sorted(current.keys() | saved.keys()) if current.get(name) != saved.get(name)]
     if changed:
         details = "; ".join(f"{name} was {saved.get(name)}, now {current.get(name)}" for name in changed)
         raise CheckpointError(f"{checkpoint} belongs to a run with other arguments: {details}.")
-    return state["step"]
 
 
-def planned_steps(checkpoint):
-    """The --max_train_steps of the run that wrote `checkpoint`, or None where an older version wrote it."""
-    return json.loads((Path(checkpoint) / STATE).read_text()).get("max_train_steps")
-
-
-def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max_train_steps, total_limit=None):
+def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max_train_steps, state, total_limit=None):
     """Write checkpoint-`step` atomically, then prune to `total_limit`. Every rank must call it."""
     final = Path(folder) / f"checkpoint-{step}"
     temporary = Path(folder) / f".checkpoint-{step}.tmp"
@@ -134,9 +150,14 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
     if accelerator.is_main_process:
         for path in temporary.glob("random_states_*.pkl"):  # accelerate's, and a pickle that nobody needs
             path.unlink()
-        state = {"step": step, "max_train_steps": max_train_steps, "global_batch_size": global_batch_size,
-                 "arguments": arguments}  # fmt: skip
-        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        saved = {
+            "step": step,
+            "max_train_steps": max_train_steps,
+            "global_batch_size": global_batch_size,
+            "arguments": arguments,
+            "state": state,
+        }
+        (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
         os.replace(temporary, final)
         if total_limit is not None:
             for _, path in checkpoints_in(folder)[: -max(total_limit, 1)]:
@@ -147,7 +168,15 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
 
 def load_checkpoint(accelerator, checkpoint):
     """Load what save_checkpoint wrote into the prepared objects. Every rank must call it."""
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except CheckpointError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{checkpoint} does not load ({type(error).__name__}: {first_line(error)}): resume from "
+            "another checkpoint."
+        ) from None
     # accelerate restores its micro-batch counter too, which would shift accumulation when the split has changed.
     accelerator.step = 0
 
@@ -174,24 +203,3 @@ class FinalFolder:
             os.replace(self.path, old)
         os.replace(self.temporary, self.path)
         shutil.rmtree(old, ignore_errors=True)
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT so that a run can save at the next step; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.received == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def requested(self, accelerator):
-        """Whether ANY rank was signalled: all ranks get the same answer, so that they save the same step together."""
-        if accelerator.num_processes == 1:
-            return self.received is not None
-        flag = torch.tensor([0 if self.received is None else 1], device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())

@@ -20,16 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common.data_formats import (
-    CAPTION_COLUMNS,
-    READ_ERRORS,
-    DataError,
-    first_line,
-    inside,
-    load_named,
-    read_data_dir,
-    too_many,
-)
+from common.data_formats import CAPTION_COLUMNS, READ_ERRORS, first_line, inside, load_named, read_data_dir, too_many
+from common.errors import DataError
+from common.randomness import sample_generator
 from common.shapes import IMAGE_SIZE, caption_of, training_sample, training_scene
 
 logger = logging.getLogger(__name__)
@@ -38,16 +31,6 @@ logger = logging.getLogger(__name__)
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # a larger image counts as unreadable
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
-
-
-def sample_generator(seed, step, index, stream=0):
-    """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank.
-
-    `stream` sets apart independent uses of one sample: 0 training noise, 1 augmentation, 2 data order, 3 the crop of
-    `--loss lpips`, 4 the noise that evaluation during training starts from.
-    """
-    state = np.random.SeedSequence([seed, step, index] + [stream] * (stream != 0)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state))
 
 
 def to_square(image, resolution, crop_x, crop_y, flip):
@@ -87,7 +70,7 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, step, position = key
         # All four are drawn whatever the options: a flag never changes what another one draws.
-        draws = torch.rand(4, generator=sample_generator(self.seed, step, position, stream=1)).tolist()
+        draws = torch.rand(4, generator=sample_generator(self.seed, step, position, stream="augmentation")).tolist()
         sample = {"position": position, "step": step}
         if self.needs_images:
             index, image = self._first_readable(index)
@@ -301,7 +284,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
 
         @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
         def permutation(epoch):
-            return torch.randperm(self.size, generator=sample_generator(self.seed, epoch, 0, stream=2))
+            return torch.randperm(self.size, generator=sample_generator(self.seed, epoch, 0, stream="order"))
 
         def index_of(count):
             return count if self.size is None else int(permutation(count // self.size)[count % self.size])

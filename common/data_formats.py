@@ -21,6 +21,8 @@ import re
 import tarfile
 from pathlib import Path
 
+from common.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 ACCEPTED = (
@@ -33,14 +35,6 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 UNREADABLE_SHARE, UNREADABLE_MIN = 0.05, 3  # more than the share, and at least so many: the run stops
 # What the readers raise on broken files.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, csv.Error)
-
-
-class DataError(ValueError):
-    """A user's mistake or broken data, in one sentence that names the flag or the path."""
-
-    def __init__(self, message):
-        # From a DataLoader worker the error is rebuilt with a traceback as its text; the sentence comes last.
-        super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
 def too_many(bad, total):

@@ -1,4 +1,4 @@
-"""Diffusion maths: schedules, conversions between epsilon, x0 and v, DDIM steps, student timesteps.
+"""Diffusion maths: schedules, conversions between epsilon, x0 and v, and DDIM steps.
 
 Notation as in the papers: z_t = alpha_t x + sigma_t eps, alpha_t = sqrt(alphas_cumprod_t), sigma_t^2 = 1 - alpha_t^2,
 v = alpha_t eps - sigma_t x. A timestep below 0 is the clean end: alpha = 1, sigma = 0. Everything is fp32: at the last
@@ -6,7 +6,7 @@ timestep of SD1.5 sigma / alpha is 14.6, so half precision would lose the predic
 """
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from diffusers import DDPMScheduler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -40,6 +40,11 @@ class NoiseSchedule:
     def add_noise(self, x, noise, timesteps):
         """z_t = alpha_t x + sigma_t eps."""
         return self.alpha(timesteps) * x + self.sigma(timesteps) * noise
+
+    def noisy_input(self, x, noise, timesteps):
+        """add_noise, but pure noise at the last training timestep: there sampling starts."""
+        pure = (timesteps == self.num_train_timesteps - 1).view(-1, 1, 1, 1)
+        return torch.where(pure, noise, self.add_noise(x, noise, timesteps))
 
     def to_x0(self, output, z, timesteps):
         """The clean latents that a model output of this schedule's prediction_type stands for (B, C, H, W)."""
@@ -87,6 +92,11 @@ class NoiseSchedule:
         return self.alpha(timesteps) ** 2 / self.sigma(timesteps) ** 2
 
 
+def pointwise_distance(error, loss):
+    """l2: error^2; huber: sqrt(error^2 + c^2) - c with c = 1e-3, which a large error doesn't rule. Shaped as error."""
+    return error**2 if loss == "l2" else torch.sqrt(error**2 + 1e-3**2) - 1e-3
+
+
 def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps):
     """K + 1 timesteps per sample, evenly from t to its end (-1 is the clean end): long (K + 1, B).
 
@@ -111,53 +121,3 @@ def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps)
         moved = schedule.ddim_step(predict(z, at), z, at, after)
         z = torch.where((after < now).view(-1, 1, 1, 1), moved, z)
     return z
-
-
-def student_scheduler(scheduler, target, num_inference_steps):
-    """The scheduler saved with a few-step student of `target` "x0" (predict, re-noise) or "next" (deterministic).
-
-    Trailing timesteps, no clipping (latents are not in [-1, 1]), ending at alpha = 1.
-    """
-    if target == "x0":
-        # LCMScheduler ignores timestep_spacing: only with every training timestep as its original schedule do
-        # 1, 2, 4, 8 steps land on the trailing ones.
-        return LCMScheduler.from_config(
-            _schedule_config(scheduler),
-            clip_sample=False,
-            set_alpha_to_one=True,
-            original_inference_steps=scheduler.config.num_train_timesteps,
-        )
-    return ddim_scheduler(scheduler, num_inference_steps)
-
-
-def ddim_scheduler(scheduler, num_inference_steps):
-    """A deterministic trailing scheduler for N steps: DDIM, or its first-order ODE twin where DDIM misses timesteps.
-
-    DDIMScheduler steps to t - T // N whatever the next listed timestep is, so it is right only where N divides T.
-    """
-    if scheduler.config.num_train_timesteps % num_inference_steps == 0:
-        return DDIMScheduler.from_config(
-            _schedule_config(scheduler), timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
-        )
-    return DPMSolverMultistepScheduler.from_config(
-        _schedule_config(scheduler), solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
-    )
-
-
-def _schedule_config(scheduler):
-    """Only what defines the noise schedule: sampling options of another scheduler class must not leak through."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-             "rescale_betas_zero_snr")  # fmt: skip
-    return {name: scheduler.config[name] for name in names if name in scheduler.config}
-
-
-def student_timesteps(scheduler, num_inference_steps):
-    """The timesteps that `scheduler`, the one that will be saved, uses for N steps: a descending list of N ints."""
-    copy = type(scheduler).from_config(scheduler.config)
-    copy.set_timesteps(num_inference_steps)
-    timesteps = [int(t) for t in copy.timesteps]
-    if len(timesteps) != num_inference_steps:
-        raise ValueError(
-            f"{type(scheduler).__name__} gives {len(timesteps)} timesteps for {num_inference_steps} steps"
-        )
-    return timesteps

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import interpolate
 from transformers import AutoConfig, Dinov2Model
 
+from common.conditioning import predict
+from common.errors import ModelError
 from common.hooks import FeatureTap
-from common.models import ModelError, predict
 
 R1_SIGMA = 0.01  # of the noise that R1 by finite differences adds to the features
 
@@ -82,8 +83,10 @@ class Dinov2Features:
         if config.model_type != "dinov2":
             raise ModelError(f"{where}: it is a {config.model_type}, not a dinov2.")
         if resolution % config.patch_size:
-            raise ModelError(f"--feature_resolution {resolution} is not a multiple of {config.patch_size}, the "
-                             "patches of --feature_model_name_or_path.")  # fmt: skip
+            raise ModelError(
+                f"--feature_resolution {resolution} is not a multiple of {config.patch_size}, the "
+                "patches of --feature_model_name_or_path."
+            )
 
     def __call__(self, pixels):
         """(features, CLS embedding (B, D)) of pixels (B, 3, H, W) in [-1, 1], resized to the network's resolution."""
@@ -105,8 +108,12 @@ class ProjectionHead(nn.Module):
     def __init__(self, channels, condition_dim, width=64):
         super().__init__()
         self.body = nn.Sequential(
-            nn.GroupNorm(1, channels), nn.Conv2d(channels, width, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2))  # fmt: skip
+            nn.GroupNorm(1, channels),
+            nn.Conv2d(channels, width, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
         self.score = nn.Conv2d(width, 1, 1)
         self.project = nn.Linear(condition_dim, width)
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import CheckpointError
 from common.ema import copy_tensors
+from common.errors import CheckpointError, first_line
 
 
 def register_checkpoint_hooks(accelerator, trained, emas):
@@ -32,8 +33,8 @@ def register_checkpoint_hooks(accelerator, trained, emas):
                 copy_tensors(load_file(Path(folder) / f"{name}.safetensors"), parameters)
             for name, ema in emas.items():
                 copy_tensors(load_file(Path(folder) / f"{name}_ema.safetensors"), ema.shadow)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder} holds other weights than this run trains: {error}.") from None
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} holds other weights than this run trains: {first_line(error)}.") from None
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

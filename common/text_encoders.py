@@ -65,8 +65,9 @@ def shrink_text_encoder(teacher, num_hidden_layers, intermediate_size, hidden_si
     for source, target in zip(layers, new.encoder.layers):
         copy_norm(target.layer_norm1, source.layer_norm1)
         copy_norm(target.layer_norm2, source.layer_norm2)
-        neurons = most_important(source.mlp.fc1.weight.abs().sum(1) + source.mlp.fc2.weight.abs().sum(0),
-                                 intermediate_size)  # fmt: skip
+        neurons = most_important(
+            source.mlp.fc1.weight.abs().sum(1) + source.mlp.fc2.weight.abs().sum(0), intermediate_size
+        )
         copy_linear(target.mlp.fc1, source.mlp.fc1, neurons, channels)
         copy_linear(target.mlp.fc2, source.mlp.fc2, channels, neurons)
         a, b = source.self_attn, target.self_attn

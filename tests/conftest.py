@@ -43,32 +43,79 @@ def random_pipeline(kind):
 
     def text_config(width):
         return CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2, projection_dim=32,
-            num_attention_heads=2, max_position_embeddings=20, eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            projection_dim=32,
+            num_attention_heads=2,
+            max_position_embeddings=20,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=32,
-        block_out_channels=(8, 16, 16), down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3, scaling_factor=0.5)  # fmt: skip
-    xl = dict(addition_embed_type="text_time", addition_time_embed_dim=8, transformer_layers_per_block=[1, 2],
-              projection_class_embeddings_input_dim=32 + 6 * 8)  # fmt: skip
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=32,
+        block_out_channels=(8, 16, 16),
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        scaling_factor=0.5,
+    )
+    xl = dict(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=[1, 2],
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
-        cross_attention_dim=64 if kind == "sdxl" else 32, **(xl if kind == "sdxl" else {}))  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=64 if kind == "sdxl" else 32,
+        **(xl if kind == "sdxl" else {}),
+    )
     prediction_type = "v_prediction" if kind == "v" else "epsilon"
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-                              skip_prk_steps=True, prediction_type=prediction_type)  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        skip_prk_steps=True,
+        prediction_type=prediction_type,
+    )
     if kind == "sdxl":
         return StableDiffusionXLPipeline(
-            vae=vae, text_encoder=CLIPTextModel(text_config(32)), tokenizer=tokenizer, tokenizer_2=tokenizer,
-            text_encoder_2=CLIPTextModelWithProjection(text_config(32)), unet=unet, scheduler=scheduler,
-            add_watermarker=False)  # fmt: skip
+            vae=vae,
+            text_encoder=CLIPTextModel(text_config(32)),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
+            unet=unet,
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config(32)), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(32)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +135,8 @@ def pipelines(tmp_path_factory):
 @pytest.fixture(scope="session")
 def students(pipelines, tmp_path_factory):
     """`students(kind, variant, widths)`: the folder of a student of the random pipeline, made once per session."""
-    from common import compression
-    from common.models import load_pipeline
+    from common.compression import students
+    from common.pipelines import load_pipeline
 
     made = {}
 
@@ -97,9 +144,9 @@ def students(pipelines, tmp_path_factory):
         if (kind, variant, widths) not in made:
             folder = tmp_path_factory.mktemp("student") / "pipeline"
             pipeline = load_pipeline(pipelines(kind))
-            pipeline.unet, manifest = compression.build_student(pipeline.unet, variant, widths)
+            pipeline.unet, manifest = students.build_student(pipeline.unet, variant, widths)
             pipeline.save_pretrained(folder)
-            compression.write_manifest(folder, {"parent": pipelines(kind), **manifest})
+            write_manifest(folder, {"parent": pipelines(kind), **manifest})
             made[kind, variant, widths] = folder
         return made[kind, variant, widths]
 
@@ -123,19 +170,28 @@ def save_random_lora(pipeline, folder, parent, alpha):
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    from common.diffusion import student_scheduler, student_timesteps
-    from common.validation import write_distillation
+    from common.contract import write_distillation
+    from common.schedulers import student_scheduler, student_timesteps
 
     unet = pipeline.unet
     unet.add_adapter(LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_v"]))
     type(pipeline).save_lora_weights(
-        folder, unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict())  # fmt: skip
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
     scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
     scheduler.save_pretrained(folder / "scheduler")
     write_distillation(
-        folder, method="flash_lora", parent=parent, steps=2, timesteps=student_timesteps(scheduler, 2),
-        guidance="baked", guidance_scale=1.0, target="x0")  # fmt: skip
+        folder,
+        method="flash_lora",
+        parent=parent,
+        steps=2,
+        timesteps=student_timesteps(scheduler, 2),
+        guidance="baked",
+        guidance_scale=1.0,
+        target="x0",
+    )
 
 
 def save_random_vgg16(path):
@@ -224,8 +280,13 @@ def launch_command(script, *arguments, processes=1):
 def launch(script, *arguments, processes=1, cwd=ROOT, check=True):
     """Launch a script and wait; returns the finished process with its output as text."""
     result = subprocess.run(
-        launch_command(script, *arguments, processes=processes), cwd=cwd, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        launch_command(script, *arguments, processes=processes),
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert not check or result.returncode == 0, result.stdout[-4000:]
     return result
 

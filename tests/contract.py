@@ -5,8 +5,9 @@ The stock pipeline's roll-out with the SAVED scheduler equals the roll-out that 
 
 import torch
 
-from common.diffusion import NoiseSchedule, student_timesteps
-from common.models import encode_empty_prompt, encode_prompts, guidance_embedding, predict, predict_guided
+from common.conditioning import encode_empty_prompt, encode_prompts, guidance_embedding, predict, predict_guided
+from common.diffusion import NoiseSchedule
+from common.schedulers import student_timesteps
 
 
 @torch.no_grad()
@@ -45,8 +46,15 @@ def assert_contract(pipeline, scheduler, contract, num_inference_steps, toleranc
         assert contract["timesteps"] == student_timesteps(scheduler, num_inference_steps)
     pipeline.scheduler = type(scheduler).from_config(scheduler.config)
     stock = pipeline(
-        prompts, num_inference_steps=num_inference_steps, guidance_scale=contract["guidance_scale"], height=32,
-        width=32, latents=noise.clone(), generator=generators[1], output_type="latent").images  # fmt: skip
+        prompts,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=contract["guidance_scale"],
+        height=32,
+        width=32,
+        latents=noise.clone(),
+        generator=generators[1],
+        output_type="latent",
+    ).images
     # Relative to the latents' size: at t = 999 predictions of x0 are divided by alpha = 0.068.
     difference = (stock - assumed).abs().max() / assumed.abs().max()
     assert difference < tolerance, f"{num_inference_steps} steps: the roll-outs differ by {difference:.2e}"

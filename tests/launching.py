@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, environment, launch, launch_command, run_main
 from safetensors.torch import load_file
 
-from common.arguments import run_script
 from common.checkpoint import checkpoints_in
+from common.run import run_script
 
 QUICK = ["--train_batch_size", 4, "--report_to", "none", "--resolution", 32]
 # Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
@@ -74,8 +74,14 @@ def wait_for(condition, process, seconds=240):
 def kill_9_after(checkpoint, script, *arguments, processes=1):
     """Launch a script and kill -9 it once `checkpoint`, its first one, is complete. It leaves no later one."""
     command = launch_command(script, *arguments, processes=processes)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_for((checkpoint / "state.json").is_file, process)
     # torch's launcher gives each worker a session of its own, so killing the launcher's group would spare them.
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -157,5 +163,12 @@ def stock_images(final, steps, tmp_path):
 
 def images_in_memory(pipeline, steps, guidance_scale=3):
     """The images of `stock_images`, by a pipeline in this process."""
-    return pipeline(["a red ring"], num_inference_steps=steps, guidance_scale=guidance_scale, height=32, width=32,
-                    output_type="pt", generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    return pipeline(
+        ["a red ring"],
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        height=32,
+        width=32,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images

@@ -11,7 +11,7 @@ from launching import SHAPES, assert_every_flag_has_help, error_of, quick, see_w
 from PIL import Image
 
 import train_add
-from common.arguments import UsageError
+from common.conditioning import encode_prompts, predict
 from common.discriminators import (
     R1_SIGMA,
     Dinov2Features,
@@ -22,9 +22,10 @@ from common.discriminators import (
     r1_penalty,
     text_condition,
 )
+from common.errors import UsageError
 from common.hooks import FeatureTap
-from common.models import encode_prompts, load_pipeline, predict
-from common.validation import image_diversity
+from common.judging.previews import image_diversity
+from common.pipelines import load_pipeline
 from train_add import adversarial_loss, discriminator_loss, distillation_loss, draw, draw_judged
 
 PROMPTS = ["a small red circle on a white background", "a large blue ring on a gray background"]
@@ -64,10 +65,12 @@ def test_r1_is_the_gradient_of_a_quadratic():
     two = r1_penalty([*score(x), *score(x)], [x])  # both heads look at x here
     torch.testing.assert_close(two, 4 * expected)
     generator = torch.Generator().manual_seed(1)
-    draws = torch.stack([
-        r1_finite_difference(score(x), score(x + R1_SIGMA * torch.randn(x.shape, generator=generator)))
-        for _ in range(2000)
-    ])  # fmt: skip
+    draws = torch.stack(
+        [
+            r1_finite_difference(score(x), score(x + R1_SIGMA * torch.randn(x.shape, generator=generator)))
+            for _ in range(2000)
+        ]
+    )
     assert abs(draws.mean() / expected - 1) < 0.1
     r1_penalty(score(x), [x]).backward()  # it can be trained on
     torch.testing.assert_close(x.grad, 8 * a**2 * x.detach() / 2)
@@ -78,9 +81,12 @@ def test_r1_is_the_gradient_of_a_quadratic():
 )
 def test_draws_follow_from_the_position_and_differ_per_sample(probs, shares):
     args = SimpleNamespace(
-        seed=0, num_student_steps=4, timestep_probs=probs, distill_timesteps=(20, 979),
+        seed=0,
+        num_student_steps=4,
+        timestep_probs=probs,
+        distill_timesteps=(20, 979),
         discriminator_timesteps=(100, 500),
-    )  # fmt: skip
+    )
     drawn = draw(args, 7, range(2000), torch.zeros(2000, 1, 2, 2))
     slots, distill, *noise = drawn
     torch.testing.assert_close(slots.bincount(minlength=4) / 2000, torch.tensor(shares), atol=0.04, rtol=0)
@@ -90,8 +96,10 @@ def test_draws_follow_from_the_position_and_differ_per_sample(probs, shares):
     assert len(judged.unique()) > 300 and judged.min() >= 100 and judged.max() <= 500
     noise += more_noise
     assert len(noise) == 4 and all(not torch.equal(a, b) for a, b in zip(noise, noise[1:]))
-    again = [*draw(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2)),
-             *draw_judged(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2))]  # fmt: skip
+    again = [
+        *draw(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2)),
+        *draw_judged(args, 7, range(1000, 1010), torch.zeros(10, 1, 2, 2)),
+    ]
     for mine, all_of_them in zip(again, [*drawn, *judgement], strict=True):
         assert torch.equal(mine, all_of_them[1000:1010])
 
@@ -164,10 +172,12 @@ def test_judge_scores_each_part_with_its_own_condition(r1_form, with_mismatched)
             torch.testing.assert_close(a, b)
     leaves = [x.clone().requires_grad_() for x in real]
     expected = {
-        None: torch.zeros(()), "autograd": r1_penalty(heads(leaves, condition), leaves),
+        None: torch.zeros(()),
+        "autograd": r1_penalty(heads(leaves, condition), leaves),
         "finite_difference": r1_finite_difference(
-            wanted[0], heads([x + R1_SIGMA * n for x, n in zip(real, noise)], condition)),
-    }[r1_form]  # fmt: skip
+            wanted[0], heads([x + R1_SIGMA * n for x, n in zip(real, noise)], condition)
+        ),
+    }[r1_form]
     torch.testing.assert_close(r1, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -240,16 +250,19 @@ def test_students_and_features_that_do_not_load_or_fit(pipelines, dinov2, tmp_pa
         (["--student_model", pipelines("v")], "its noise schedule or prediction type is not the teacher's"),
         (["--student_model", tmp_path / "reader"], "its text_encoder is not the teacher's"),
         (see_with(blind), f"error: --feature_model_name_or_path {blind}: the model does not load"),
-    ):  # fmt: skip
+    ):
         error = error_of(train_add, quick(pipelines, tmp_path / "out", *flags, "--overwrite_output_dir"), capsys)
         assert said in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("contract, flags, said", [
-    ({"guidance": "embedded"}, [], "takes its guidance scale as an input"),
-    ({"guidance": "baked", "timesteps": [999, 499]}, [], "for 2 steps"),
-    ({"guidance": "baked"}, ["--guidance_scale", 3], "--guidance_scale 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "contract, flags, said",
+    [
+        ({"guidance": "embedded"}, [], "takes its guidance scale as an input"),
+        ({"guidance": "baked", "timesteps": [999, 499]}, [], "for 2 steps"),
+        ({"guidance": "baked"}, ["--guidance_scale", 3], "--guidance_scale 3"),
+    ],
+)
 def test_teachers_that_do_not_fit_are_refused(pipelines, tmp_path, capsys, contract, flags, said):
     teacher = shutil.copytree(pipelines(), tmp_path / "teacher")
     train_add.write_distillation(teacher, guidance_scale=1.0, **contract)

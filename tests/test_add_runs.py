@@ -25,8 +25,8 @@ import train_add
 from common.checkpoint import checkpoints_in
 from common.diffusion import NoiseSchedule
 from common.discriminators import Dinov2Features
-from common.models import load_pipeline, same_weights
-from common.sampling import saved_scheduler
+from common.pipelines import load_pipeline, same_weights
+from common.schedulers import saved_scheduler
 
 SCRIPT = ROOT / "train_add.py"
 # Far enough that what two runs have in common is not that they hardly moved.
@@ -66,11 +66,14 @@ def assert_same(a, b, **tolerance):
 # Training
 
 
-@pytest.mark.parametrize("kind, flags", [
-    ("v", ["--lora_rank", 4, "--distill_target", "sample", "--num_ddim_steps", 2, "--cache_rollouts", 1]),
-    ("sdxl", ["--r1_form", "finite_difference", "--num_student_steps", 2]),
-    ("sd", ["--discriminator", "dinov2", "--lambda_distill", 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("v", ["--lora_rank", 4, "--distill_target", "sample", "--num_ddim_steps", 2, "--cache_rollouts", 1]),
+        ("sdxl", ["--r1_form", "finite_difference", "--num_student_steps", 2]),
+        ("sd", ["--discriminator", "dinov2", "--lambda_distill", 0]),
+    ],
+)
 def test_every_kind_trains_and_keeps_the_contract(pipelines, dinov2, tmp_path, monkeypatch, kind, flags):
     more = ["--gradient_checkpointing", "--export", "fp16", *(see_with(dinov2) if "dinov2" in flags else [])]
     more += ["--validation_prompts", "a ring", "--validation_steps", 2, "--num_validation_images", 2]
@@ -385,9 +388,24 @@ def test_image_to_image_in_two_steps(uninterrupted, tmp_path, monkeypatch):
     for color in ("red", "blue"):
         Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
         run_in_process(
-            inference, "--pretrained_model_name_or_path", uninterrupted / "final", "--steps", 2, "--strength", 0.5,
-            "--init_image", tmp_path / f"{color}.png", "--prompt", "a ring", "--outdir", tmp_path / color,
-            "--clip_model", "none", "--device", "cpu")  # fmt: skip
+            inference,
+            "--pretrained_model_name_or_path",
+            uninterrupted / "final",
+            "--steps",
+            2,
+            "--strength",
+            0.5,
+            "--init_image",
+            tmp_path / f"{color}.png",
+            "--prompt",
+            "a ring",
+            "--outdir",
+            tmp_path / color,
+            "--clip_model",
+            "none",
+            "--device",
+            "cpu",
+        )
         made += [Image.open(path).tobytes() for path in (tmp_path / color / "images").rglob("*.png")]
     assert set(times) == {499} and len(made) == 2 and made[0] != made[1]
 

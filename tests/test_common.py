@@ -10,23 +10,23 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, random_pipeline, save_random_vgg16
 
-from common import arguments, models
+from common import arguments
 from common.checkpoint import (
-    CheckpointError,
     FinalFolder,
-    StopSignal,
     check_same_run,
     checkpoints_in,
     find_checkpoint,
     make_folder,
-    planned_steps,
     refuse_other_run,
 )
+from common.contract import write_distillation
 from common.ema import EMA, copy_tensors
+from common.errors import CheckpointError, ModelError
 from common.hooks import FeatureTap
-from common.metrics import load_lpips
-from common.models import ModelError, load_pipeline, read_pipeline_config
-from common.validation import image_grid, write_distillation
+from common.judging.metrics import load_lpips
+from common.judging.previews import image_grid
+from common.pipelines import load_pipeline, read_pipeline_config
+from common.run import StopSignal
 
 
 def parameters(seed=0):
@@ -80,7 +80,10 @@ def test_feature_taps_read_blocks_and_leave():
     with torch.no_grad(), FeatureTap(unet, names) as tap:
         unet(z, t, text)
         assert {name: tuple(f.shape) for name, f in tap.features.items()} == {
-            "down_blocks.0": (2, 16, 4, 4), "mid_block": (2, 32, 4, 4), "up_blocks.1": (2, 16, 8, 8)}  # fmt: skip
+            "down_blocks.0": (2, 16, 4, 4),
+            "mid_block": (2, 32, 4, 4),
+            "up_blocks.1": (2, 16, 8, 8),
+        }
         tap.features.clear()
     with torch.no_grad():
         unet(z, t, text)
@@ -190,7 +193,7 @@ def test_the_embedded_default_and_a_model_without_data(tmp_path):
     arguments.use_embedded_default(args)
     # A checkout that was moved still resumes its runs.
     assert arguments.resume_identity(args)["pretrained_model_name_or_path"] == "assets/tiny-sd"
-    assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(models.TINY_SD)
+    assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(TINY_SD)
     for foreign in ("a/b", "segmind/tiny-sd"):
         with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
             arguments.use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", foreign]))

@@ -10,21 +10,30 @@ from diffusers.models.embeddings import get_timestep_embedding
 from launching import error_of
 
 import prepare_unet_small
-from common import compression, shapes
-from common.models import TINY_SD, encode_prompts, load_pipeline
+from common import shapes
+from common.compression import students
+from common.conditioning import encode_prompts
+from common.contract import TINY_SD
+from common.pipelines import load_pipeline
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL = {
-    "sample_size": 64, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280),
+    "sample_size": 64,
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 def config_of(options):
-    return dict(compression.empty_unet(options).config)
+    return dict(students.empty_unet(options).config)
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +45,36 @@ def tiny_sd():
     "variant, count", [(None, 859520964), ("sd_base", 579384964), ("sd_small", 482346884), ("sd_tiny", 323384964)]
 )
 def test_counts_of_sd15_from_its_config(variant, count):
-    assert compression.cost(compression.student_config(config_of(SD15), variant))[0] == count
+    assert students.cost(students.student_config(config_of(SD15), variant))[0] == count
 
 
 @pytest.mark.parametrize("tenths, millions", [(9, 698.0), (8, 553.2), (7, 425.3), (6, 314.1), (5, 219.8)])
 def test_counts_of_narrower_sd15(tenths, millions):
     config = config_of(SD15)
-    widths = compression.scaled_widths(config["block_out_channels"], tenths / 10)
-    assert round(compression.cost(compression.student_config(config, None, widths))[0] / 1e6, 1) == millions
+    widths = students.scaled_widths(config["block_out_channels"], tenths / 10)
+    assert round(students.cost(students.student_config(config, None, widths))[0] / 1e6, 1) == millions
 
 
 def test_sdxl_loses_blocks_and_half_of_its_transformer_layers():
     config = config_of(SDXL)
-    assert compression.cost(config)[0] == 2567463684
-    small = compression.student_config(config, "sd_small")
+    assert students.cost(config)[0] == 2567463684
+    small = students.student_config(config, "sd_small")
     assert small["transformer_layers_per_block"] == [1, 1, 5] and small["mid_block_type"] is None
-    narrow = compression.student_config(small, None, [160, 320, 640])
-    assert compression.cost(narrow)[0] < compression.cost(small)[0] / 3
-    with pytest.raises(compression.CompressionError, match="the one above it is narrower"):
-        compression.student_config(config, "sd_tiny")
+    narrow = students.student_config(small, None, [160, 320, 640])
+    assert students.cost(narrow)[0] < students.cost(small)[0] / 3
+    with pytest.raises(ModelError, match="the one above it is narrower"):
+        students.student_config(config, "sd_tiny")
 
 
 def test_multiply_accumulates_of_sd15():
     """Four more input channels make conv_in larger, and nothing else: 64 x 64 positions, 4 x 9 inputs, 320 outputs."""
-    macs, more = (compression.cost(config_of({**SD15, "in_channels": channels}))[1] for channels in (4, 8))
+    macs, more = (students.cost(config_of({**SD15, "in_channels": channels}))[1] for channels in (4, 8))
     assert more - macs == 64 * 64 * 4 * 9 * 320
     assert 3.9e11 < macs < 4.1e11  # 0.8 TFLOP a forward
 
 
 def test_nothing_removed_is_the_teacher(tiny_sd):
-    student, manifest = compression.build_student(tiny_sd.unet)
+    student, manifest = students.build_student(tiny_sd.unet)
     z, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 990]), torch.randn(2, 20, 96)
     with torch.no_grad():
         assert torch.equal(student(z, t, text).sample, tiny_sd.unet(z, t, text).sample)
@@ -74,9 +83,9 @@ def test_nothing_removed_is_the_teacher(tiny_sd):
     assert next(tiny_sd.unet.parameters()).abs().sum() > 0  # a copy, not the teacher's own memory
 
 
-@pytest.mark.parametrize("variant", compression.VARIANTS)
+@pytest.mark.parametrize("variant", students.VARIANTS)
 def test_the_last_layer_of_an_up_block_survives(tiny_sd, variant):
-    student, manifest = compression.build_student(tiny_sd.unet, variant)
+    student, manifest = students.build_student(tiny_sd.unet, variant)
     shift = 1 if variant == "sd_tiny" else 0
     assert len(student.up_blocks[0].resnets) == 2 and (student.mid_block is None) == (variant != "sd_base")
     own, source = student.up_blocks[0].resnets[1], tiny_sd.unet.up_blocks[shift].resnets[2]
@@ -87,11 +96,11 @@ def test_the_last_layer_of_an_up_block_survives(tiny_sd, variant):
     )
 
 
-@pytest.mark.parametrize("variant", compression.VARIANTS)
+@pytest.mark.parametrize("variant", students.VARIANTS)
 def test_feature_pairs_have_one_resolution(tiny_sd, variant):
     from common.hooks import FeatureTap
 
-    student, manifest = compression.build_student(tiny_sd.unet, variant)
+    student, manifest = students.build_student(tiny_sd.unet, variant)
     own, theirs = zip(*manifest["feature_pairs"])
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 20, 96)
     with torch.no_grad(), FeatureTap(student, own) as mine, FeatureTap(tiny_sd.unet, theirs) as teachers:
@@ -104,7 +113,7 @@ def test_feature_pairs_have_one_resolution(tiny_sd, variant):
 @pytest.mark.parametrize("variant", [None, "sd_base", "sd_small"])
 def test_every_kind_of_unet_gets_smaller_and_runs(kind, variant):
     unet = random_pipeline(kind).unet
-    student, manifest = compression.build_student(unet, variant, [8, 16])
+    student, manifest = students.build_student(unet, variant, [8, 16])
     added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.zeros(1, 6)} if kind == "sdxl" else None
     text = torch.randn(1, 20, unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -131,9 +140,9 @@ def epsilon_error(student, pipeline):
 
 @pytest.mark.parametrize("widths", [[40, 80, 80], [24, 48, 48]])
 def test_aligned_slices_start_closer_than_naive_and_random_ones(tiny_sd, widths):
-    ours = epsilon_error(compression.build_student(tiny_sd.unet, None, widths)[0], tiny_sd)
+    ours = epsilon_error(students.build_student(tiny_sd.unet, None, widths)[0], tiny_sd)
     torch.manual_seed(0)
-    config = compression.student_config(tiny_sd.unet.config, None, widths)
+    config = students.student_config(tiny_sd.unet.config, None, widths)
     student = UNet2DConditionModel.from_config(config).eval()
     assert ours < 0.8 * epsilon_error(student, tiny_sd)
     state = tiny_sd.unet.state_dict()
@@ -143,15 +152,15 @@ def test_aligned_slices_start_closer_than_naive_and_random_ones(tiny_sd, widths)
 
 def test_aligned_slices_start_closer_than_globally_ranked_ones(tiny_sd, monkeypatch):
     """At five sixths of the width; at half of it, where half of every group goes, the two are equal."""
-    ours = epsilon_error(compression.build_student(tiny_sd.unet, None, [40, 80, 80])[0], tiny_sd)
-    aligned = compression.choose
+    ours = epsilon_error(students.build_student(tiny_sd.unet, None, [40, 80, 80])[0], tiny_sd)
+    aligned = students.choose
     largest = lambda scores, new, kind: aligned(scores, new, kind if kind == "frequencies" else "free")  # noqa: E731
-    monkeypatch.setattr(compression, "choose", largest)
-    assert ours < epsilon_error(compression.build_student(tiny_sd.unet, None, [40, 80, 80])[0], tiny_sd)
+    monkeypatch.setattr(students, "choose", largest)
+    assert ours < epsilon_error(students.build_student(tiny_sd.unet, None, [40, 80, 80])[0], tiny_sd)
 
 
 def test_kept_channels_stay_in_their_group():
-    kept = compression.choose(torch.rand(96), 48, ("groups", 16))
+    kept = students.choose(torch.rand(96), 48, ("groups", 16))
     assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 48
     assert torch.equal(kept // 12, torch.arange(48) // 6)  # 8 GroupNorm groups: of 12 channels, then of 6
 
@@ -160,22 +169,22 @@ def test_kept_channels_stay_in_their_group():
 def test_kept_frequencies_are_those_of_the_narrower_embedding(old, new):
     t = torch.tensor([1, 77, 999])
     wide, narrow = (get_timestep_embedding(t, n, flip_sin_to_cos=True, downscale_freq_shift=0) for n in (old, new))
-    kept = compression.choose(torch.zeros(old), new, "frequencies")
+    kept = students.choose(torch.zeros(old), new, "frequencies")
     torch.testing.assert_close(wide[:, kept], narrow, atol=1e-3, rtol=0)
 
 
 def test_manifest_round_trip_and_refusals(tmp_path, tiny_sd):
-    _, manifest = compression.build_student(tiny_sd.unet, "sd_small", [24, 48, 48])
-    compression.write_manifest(tmp_path, manifest)
-    assert compression.read_manifest(tmp_path) == json.loads(json.dumps(manifest))
+    _, manifest = students.build_student(tiny_sd.unet, "sd_small", [24, 48, 48])
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == json.loads(json.dumps(manifest))
     rows, columns = manifest["keep"]["layers"]["conv_in"]
     assert len(manifest["keep"]["indices"][rows[0]]) == 24 and columns is None
     for content in ("{", "{}", '{"feature_pairs": [["a"]]}'):
         (tmp_path / "compression.json").write_text(content)
-        with pytest.raises(compression.CompressionError, match="compression.json can't be read"):
-            compression.read_manifest(tmp_path)
-    with pytest.raises(compression.CompressionError, match="no such file"):
-        compression.read_manifest(tmp_path / "nowhere")
+        with pytest.raises(ModelError, match="compression.json can't be read"):
+            read_manifest(tmp_path)
+    with pytest.raises(ModelError, match="no such file"):
+        read_manifest(tmp_path / "nowhere")
 
 
 def test_the_script_writes_a_pipeline_that_stock_diffusers_loads(tmp_path, capsys):
@@ -184,7 +193,7 @@ def test_the_script_writes_a_pipeline_that_stock_diffusers_loads(tmp_path, capsy
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s")
     images = pipeline("a small red ring on a white background", num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
-    manifest = compression.read_manifest(tmp_path / "s")
+    manifest = read_manifest(tmp_path / "s")
     assert manifest["parent"] == str(TINY_SD) and manifest["parameters"]["student"] == 484900
     contract = json.loads((tmp_path / "s" / "distillation.json").read_text())
     assert (
@@ -198,9 +207,9 @@ def test_random_init_takes_nothing_over(tmp_path):
     own, drawn, again = (load_pipeline(tmp_path / name).unet.state_dict() for name in "abc")
     taken = [name for name, value in own.items() if value.dim() > 1 and torch.equal(value, drawn[name])]
     assert not taken and all(torch.equal(value, again[name]) for name, value in drawn.items())
-    manifest = compression.read_manifest(tmp_path / "b")
+    manifest = read_manifest(tmp_path / "b")
     assert manifest["block_map"] == {} and manifest["keep"] is None
-    assert manifest["feature_pairs"] == compression.read_manifest(tmp_path / "a")["feature_pairs"]
+    assert manifest["feature_pairs"] == read_manifest(tmp_path / "a")["feature_pairs"]
 
 
 MISTAKES = [

@@ -17,15 +17,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from common.data import (
-    DataError,
-    GlobalBatchSampler,
-    ShapesDataset,
-    build_dataloader,
-    collate,
-    load_dataset_from_args,
-    sample_generator,
-)
+from common.data import GlobalBatchSampler, ShapesDataset, build_dataloader, collate, load_dataset_from_args
+from common.errors import DataError
+from common.randomness import sample_generator
 from common.shapes import caption_of, training_sample
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)

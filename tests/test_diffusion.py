@@ -4,14 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler, PNDMScheduler
 
-from common.diffusion import (
-    NoiseSchedule,
-    ddim_rollout,
-    ddim_scheduler,
-    student_scheduler,
-    student_timesteps,
-    teacher_timesteps,
-)
+from common.diffusion import NoiseSchedule, ddim_rollout, teacher_timesteps
+from common.schedulers import ddim_scheduler, student_scheduler, student_timesteps
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
 
@@ -30,8 +24,11 @@ def test_conversions_recover_x0_and_noise(prediction_type):
     x, noise = random_latents(seed=1), random_latents(seed=2)
     timesteps = torch.tensor([0, 1, 249, 499, 749, 999])
     z = schedule.add_noise(x, noise, timesteps)
-    output = {"epsilon": noise, "v_prediction": schedule.alpha(timesteps) * noise - schedule.sigma(timesteps) * x,
-              "sample": x}[prediction_type]  # fmt: skip
+    output = {
+        "epsilon": noise,
+        "v_prediction": schedule.alpha(timesteps) * noise - schedule.sigma(timesteps) * x,
+        "sample": x,
+    }[prediction_type]
     torch.testing.assert_close(schedule.to_x0(output, z, timesteps), x, atol=1e-5, rtol=1e-4)
     # At t = 0 the noise is divided by sigma = 0.029, so its error is the largest there.
     torch.testing.assert_close(schedule.to_epsilon(output, z, timesteps), noise, atol=1e-4, rtol=1e-4)
@@ -95,8 +92,13 @@ def test_student_timesteps_are_trailing(target):
 
 
 def test_student_scheduler_drops_the_teachers_sampling_options():
-    teacher = PNDMScheduler(**{k: v for k, v in SD.items() if k != "clip_sample"}, skip_prk_steps=True, steps_offset=1,
-                            set_alpha_to_one=False, prediction_type="v_prediction")  # fmt: skip
+    teacher = PNDMScheduler(
+        **{k: v for k, v in SD.items() if k != "clip_sample"},
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        prediction_type="v_prediction",
+    )
     for target, kind in (("x0", LCMScheduler), ("next", DDIMScheduler)):
         scheduler = student_scheduler(teacher, target, 4)
         assert isinstance(scheduler, kind)

@@ -19,8 +19,9 @@ from torch import nn
 
 import evaluate
 import inference
-from common import image_sets, metrics, results, shapes
-from common.validation import write_distillation
+from common import shapes
+from common.contract import write_distillation
+from common.judging import image_sets, metrics, results
 
 JUDGED = ("clip_score", "r_precision", "scene_accuracy", "frechet_clip")
 
@@ -76,7 +77,11 @@ def test_files_and_rows(judged, root, pipelines):
     assert {path.name for path in (outdir / "out").iterdir()} == names
     teacher = f"{pipelines('sd')} {{}} steps w=7.5"
     assert [row["configuration"] for row in rows] == [
-        teacher.format(2), teacher.format(1), f"{root}/final 1 steps", f"{root}/final 2 steps"]  # fmt: skip
+        teacher.format(2),
+        teacher.format(1),
+        f"{root}/final 1 steps",
+        f"{root}/final 2 steps",
+    ]
     assert [row["role"] for row in rows] == ["baseline", "model", "model", "model"]
     assert rows[0]["speedup"] == 1 and rows[-1]["timesteps"] == [999, 499] and rows[-1]["scheduler"] == "LCMScheduler"
     with open(outdir / "out/results.csv", newline="") as file:
@@ -138,10 +143,17 @@ def test_a_folder_scores_as_its_pipeline_and_features_are_kept(judged, tmp_path,
 
 def test_keys_of_kept_features(root, tmp_path):
     first, other = image_sets.real_folder(root / "five", 32), image_sets.real_folder(root / "other", 32)
-    keys = [{"images": real.identity, "count": real.count, "network": network}
-            for real, network in ((first, "a"), (first, "b"), (other, "a"), (image_sets.real_shapes(5), "a"),
-                                  (image_sets.real_folder(root / "five", 32, 4), "a"),
-                                  (image_sets.real_folder(root / "five", 16), "a"))]  # fmt: skip
+    keys = [
+        {"images": real.identity, "count": real.count, "network": network}
+        for real, network in (
+            (first, "a"),
+            (first, "b"),
+            (other, "a"),
+            (image_sets.real_shapes(5), "a"),
+            (image_sets.real_folder(root / "five", 32, 4), "a"),
+            (image_sets.real_folder(root / "five", 16), "a"),
+        )
+    ]
     assert len({image_sets.feature_file(tmp_path, key) for key in keys}) == len(keys)
     image_sets.write_features(tmp_path, keys[0], torch.ones(5, 2))
     assert torch.equal(image_sets.read_features(tmp_path, keys[0]), torch.ones(5, 2))
@@ -193,11 +205,31 @@ def test_inception_is_torchmetrics_and_reads_tensors_only(root, tmp_path, monkey
 def test_two_processes_are_one(root, pipelines, tmp_path):
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])  # VGG-16's
     save_file({f"features.{k}": v for k, v in layers.state_dict().items()}, tmp_path / "vgg16.safetensors")
-    flags = [*SHAPES, "--models", pipelines("sd"), root / "final", root / "five", "--steps", 1, "--save_images", 0,
-             "--lpips_trunk_path", tmp_path / "vgg16.safetensors"]  # fmt: skip
+    flags = [
+        *SHAPES,
+        "--models",
+        pipelines("sd"),
+        root / "final",
+        root / "five",
+        "--steps",
+        1,
+        "--save_images",
+        0,
+        "--lpips_trunk_path",
+        tmp_path / "vgg16.safetensors",
+    ]
     one = run(tmp_path / "one", *flags)
-    output = launch(ROOT / "evaluate.py", *flags, "--output_dir", tmp_path / "two/out", "--num_real_images", 6,
-                    "--cache_dir", tmp_path / "two/kept", processes=2).stdout  # fmt: skip
+    output = launch(
+        ROOT / "evaluate.py",
+        *flags,
+        "--output_dir",
+        tmp_path / "two/out",
+        "--num_real_images",
+        6,
+        "--cache_dir",
+        tmp_path / "two/kept",
+        processes=2,
+    ).stdout
     two = read_json(tmp_path / "two/out/results.json")
     assert two["processes"] == 2 and output.count("No FID: ") == 1 and output.count("LoRA: rank 2") == 1
     for mine, theirs in zip(one, two["configurations"], strict=True):
@@ -212,8 +244,16 @@ def test_acceptance_command(tmp_path):
     """assets/tiny-sd and a student pipeline at 25 steps, by the defaults."""
     student = tmp_path / "out/kd/final"
     shutil.copytree(evaluate.TINY_SD, student)
-    write_distillation(student, method="kd", parent=str(evaluate.TINY_SD), steps=None, timesteps=None, guidance="cfg",
-                       guidance_scale=2.0, target=None)  # fmt: skip
+    write_distillation(
+        student,
+        method="kd",
+        parent=str(evaluate.TINY_SD),
+        steps=None,
+        timesteps=None,
+        guidance="cfg",
+        guidance_scale=2.0,
+        target=None,
+    )
     rows = run(tmp_path, "--models", evaluate.TINY_SD, student, "--steps", 3, "--num_images", 3)
     assert [row["steps"] for row in rows] == [3, 3] and rows[0]["unet_parameters"] == 4_931_668
     assert all(rows[0][name] == rows[1][name] for name in JUDGED)
@@ -273,7 +313,9 @@ def test_reference_and_trained_steps(root, pipelines, tmp_path):
     contract = read_json(root / "final/distillation.json")
     assert planned("--models", sd, lora) == [(sd, [50]), (lora, [2])]
     assert planned("--models", lora, "--reference", sd, "--reference_steps", 9, "--steps", 1, 4) == [
-        (sd, [9]), (lora, [1, 4])]  # fmt: skip
+        (sd, [9]),
+        (lora, [1, 4]),
+    ]
     assert planned("--models", sd, lora, "--reference", lora) == [(lora, [2]), (sd, [50])]
     for target, steps in (("next", [2]), ("x0", [8, 4])):  # along its own steps, or any number of them
         contract["target"] = target
@@ -284,40 +326,55 @@ def test_reference_and_trained_steps(root, pipelines, tmp_path):
     assert planned("--models", root / "five", sd) == [(str(root / "five"), []), (sd, [50])]
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--models", "{root}/nowhere/final"], "--models {root}/nowhere/final: there is no such folder"),
-    (["--models", "{root}/empty"], "--models {root}/empty: the folder holds no pipeline, no LoRA and no image"),
-    (["--models", "{root}"], "(did you mean {root}/final?)"),
-    (["--models", "{root}/one"], "holds one image"),
-    (["--models", "{root}/broken"], "0.png can't be read as an image"),
-    (["--models", "{root}/five", "{root}/three"], "The numbers of images differ: 5 ({root}/five), 3 ({root}/three)"),
-    (["--models", "{root}/five", "--num_images", "4"], "The numbers of images differ: 5 ({root}/five), 4"),
-    (["--models", "{root}/five"], "There is nothing to measure"),
-    (["--models", "{root}/five", "--real_dir", "{root}/one", "--clip_model", "{clip}"], "2 real images are needed"),
-    (["--models", "{root}/five", "--real_dir", "{root}/no"], "--real_dir {root}/no: there is no such folder"),
-    (["--models", "{root}/five", "--real_dir", "{root}/three", "--num_real_images", "9"], "9 real images are needed"),
-    (["--models", "{root}/five", "--inception_path", "{root}/one.txt"], "--inception_path: there are no real images"),
-    (["--models", "{root}/five", "--reference_steps", "2"], "--reference_steps is about a pipeline"),
-    (["--models", "{sd}"], "{sd} needs captions: add --prompts_file"),
-    (["--models", "{sd}", "--prompts_file", "{root}/one.txt"], "There is one caption"),
-    (["--models", "{sd}", "--prompts_file", "{root}/none.txt"], "none.txt can't be read"),
-    (["--models", "{sd}", "--prompts_file", "{root}/one.txt", "--dataset_name", "shapes"], "Give one of"),
-    (["--models", "{sd}", "--data_dir", "{root}/five"], "has a .txt caption"),
-    (["--models", "{root}/final", "--guidance_scale", "3"], "--guidance_scale 3: no model takes it"),
-    (["--guidance_scale", "-1"], "negative"),
-    (["--num_images", "1"], "--num_images 1: statistics need two images"),
-    (["--steps", "2000"], "1000 timesteps"),
-    (["--resolution", "33"], "--resolution 33 is not a multiple of 4"),
-    (["--inception_path", "{root}/no.pth"], "--inception_path {root}/no.pth: there is no such file"),
-    (["--inception_path", "{root}/one.txt"], "--inception_path {root}/one.txt does not hold"),
-    (["--lpips_trunk_path", "{root}/one.txt"], "LPIPS compares two outputs"),
-    (["--models", "{sd}", "{tiny}", "{root}/five", "--resolution", "33"], "multiple of 4"),
-    (["--clip_model", "{root}/nowhere"], "--clip_model: No CLIP judge at"),
-    (["--reader", "{root}/nowhere"], "--reader {root}/nowhere: there is no scene reader"),
-    (["--output_dir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
-    (["--cache_dir", "{root}/one.txt/out"], "--cache_dir {root}/one.txt/out can't be made"),
-    (["--dtype", "fp16"], "needs a GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--models", "{root}/nowhere/final"], "--models {root}/nowhere/final: there is no such folder"),
+        (["--models", "{root}/empty"], "--models {root}/empty: the folder holds no pipeline, no LoRA and no image"),
+        (["--models", "{root}"], "(did you mean {root}/final?)"),
+        (["--models", "{root}/one"], "holds one image"),
+        (["--models", "{root}/broken"], "0.png can't be read as an image"),
+        (
+            ["--models", "{root}/five", "{root}/three"],
+            "The numbers of images differ: 5 ({root}/five), 3 ({root}/three)",
+        ),
+        (["--models", "{root}/five", "--num_images", "4"], "The numbers of images differ: 5 ({root}/five), 4"),
+        (["--models", "{root}/five"], "There is nothing to measure"),
+        (
+            ["--models", "{root}/five", "--real_dir", "{root}/one", "--clip_model", "{clip}"],
+            "2 real images are needed",
+        ),
+        (["--models", "{root}/five", "--real_dir", "{root}/no"], "--real_dir {root}/no: there is no such folder"),
+        (
+            ["--models", "{root}/five", "--real_dir", "{root}/three", "--num_real_images", "9"],
+            "9 real images are needed",
+        ),
+        (
+            ["--models", "{root}/five", "--inception_path", "{root}/one.txt"],
+            "--inception_path: there are no real images",
+        ),
+        (["--models", "{root}/five", "--reference_steps", "2"], "--reference_steps is about a pipeline"),
+        (["--models", "{sd}"], "{sd} needs captions: add --prompts_file"),
+        (["--models", "{sd}", "--prompts_file", "{root}/one.txt"], "There is one caption"),
+        (["--models", "{sd}", "--prompts_file", "{root}/none.txt"], "none.txt can't be read"),
+        (["--models", "{sd}", "--prompts_file", "{root}/one.txt", "--dataset_name", "shapes"], "Give one of"),
+        (["--models", "{sd}", "--data_dir", "{root}/five"], "has a .txt caption"),
+        (["--models", "{root}/final", "--guidance_scale", "3"], "--guidance_scale 3: no model takes it"),
+        (["--guidance_scale", "-1"], "negative"),
+        (["--num_images", "1"], "--num_images 1: statistics need two images"),
+        (["--steps", "2000"], "1000 timesteps"),
+        (["--resolution", "33"], "--resolution 33 is not a multiple of 4"),
+        (["--inception_path", "{root}/no.pth"], "--inception_path {root}/no.pth: there is no such file"),
+        (["--inception_path", "{root}/one.txt"], "--inception_path {root}/one.txt does not hold"),
+        (["--lpips_trunk_path", "{root}/one.txt"], "LPIPS compares two outputs"),
+        (["--models", "{sd}", "{tiny}", "{root}/five", "--resolution", "33"], "multiple of 4"),
+        (["--clip_model", "{root}/nowhere"], "--clip_model: No CLIP judge at"),
+        (["--reader", "{root}/nowhere"], "--reader {root}/nowhere: there is no scene reader"),
+        (["--output_dir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
+        (["--cache_dir", "{root}/one.txt/out"], "--cache_dir {root}/one.txt/out can't be made"),
+        (["--dtype", "fp16"], "needs a GPU"),
+    ],
+)
 def test_mistakes_are_one_sentence(root, pipelines, tmp_path, capsys, monkeypatch, flags, sentence):
     monkeypatch.setattr(evaluate, "load_pipeline", lambda *_, **__: pytest.fail("a pipeline was loaded first"))
     monkeypatch.setattr(image_sets, "sharded", lambda *_: pytest.fail("real images were judged first"))

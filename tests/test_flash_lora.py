@@ -13,8 +13,9 @@ from launching import SHAPES, assert_every_flag_has_help, error_of, quick
 from peft import LoraConfig
 
 import train_flash_lora
-from common.diffusion import NoiseSchedule, student_scheduler
-from common.models import encode_empty_prompt, encode_prompts, predict, predict_guided
+from common.conditioning import encode_empty_prompt, encode_prompts, predict, predict_guided
+from common.diffusion import NoiseSchedule
+from common.schedulers import student_scheduler
 from train_flash_lora import decoded_lpips, draw, flash_loss
 
 SCRIPT = ROOT / "train_flash_lora.py"

@@ -13,20 +13,16 @@ import pytest
 import torch
 from conftest import ROOT, environment, launch, launch_command, read_json, run_in_process, save_random_vgg16
 from contract import assert_contract
-from launching import (
-    assert_same_checkpoints,
-    checkpoint_tensors,
-    images_in_memory,
-    kill_9_after,
-    kill_9_while_saving,
-)
+from launching import assert_same_checkpoints, checkpoint_tensors, images_in_memory, kill_9_after, kill_9_while_saving
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 import train_flash_lora
-from common.checkpoint import CheckpointError, checkpoints_in, save_checkpoint
-from common.diffusion import ddim_rollout, student_scheduler
-from common.models import load_pipeline
+from common.checkpoint import checkpoints_in, save_checkpoint
+from common.diffusion import ddim_rollout
+from common.errors import CheckpointError
+from common.pipelines import load_pipeline
+from common.schedulers import student_scheduler
 
 SCRIPT = ROOT / "train_flash_lora.py"
 weights = partial(checkpoint_tensors, name="lora")
@@ -51,9 +47,26 @@ def uninterrupted(pipelines, tmp_path_factory):
 @pytest.mark.parametrize("kind, target, loss", [("v", "next", "l2"), ("sdxl", "x0", "huber")])
 def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, kind, target, loss):
     run_in_process(
-        train_flash_lora, *quick(pipelines, tmp_path, "--target", target, "--loss", loss, "--gradient_checkpointing",
-                                 "--export", "fp16", "--validation_prompts", "a ring", "--validation_steps", 2,
-                                 "--num_validation_images", 1, kind=kind))  # fmt: skip
+        train_flash_lora,
+        *quick(
+            pipelines,
+            tmp_path,
+            "--target",
+            target,
+            "--loss",
+            loss,
+            "--gradient_checkpointing",
+            "--export",
+            "fp16",
+            "--validation_prompts",
+            "a ring",
+            "--validation_steps",
+            2,
+            "--num_validation_images",
+            1,
+            kind=kind,
+        ),
+    )
     final = tmp_path / "lora" / "final"
     contract = read_json(final / "distillation.json")
     assert contract["target"] == target and contract["steps"] == 4 and contract["timesteps"] == [999, 749, 499, 249]
@@ -155,8 +168,15 @@ def test_kill_9_and_resume_bit_for_bit(pipelines, uninterrupted, tmp_path, proce
 
 def test_sigterm_saves_and_leaves_no_final(pipelines, tmp_path):
     command = launch_command(SCRIPT, *quick(pipelines, tmp_path, "--checkpointing_steps", 100000, steps=100000))
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     for line in process.stdout:  # the progress bar's: a step is done
         if "loss=" in line:
             break
@@ -215,8 +235,21 @@ def test_retention_keeps_the_newest(pipelines, tmp_path):
 
 def test_validation_leaves_training_bit_identical(pipelines, uninterrupted, tmp_path):
     run_in_process(
-        train_flash_lora, *quick(pipelines, tmp_path, "--validation_prompts", "a red ring", "--validation_steps", 1,
-                                 "--num_validation_images", 1, "--report_to", "tensorboard", steps=3))  # fmt: skip
+        train_flash_lora,
+        *quick(
+            pipelines,
+            tmp_path,
+            "--validation_prompts",
+            "a red ring",
+            "--validation_steps",
+            1,
+            "--num_validation_images",
+            1,
+            "--report_to",
+            "tensorboard",
+            steps=3,
+        ),
+    )
     assert_same(tmp_path / "lora" / "checkpoint-3", uninterrupted / "checkpoint-3")
     assert list((tmp_path / "lora" / "logs").rglob("events*"))
 
@@ -268,8 +301,11 @@ torch.save({"base": base, "student": images()}, out)
 
 
 def test_final_in_stock_diffusers_is_the_student_in_memory(pipelines, uninterrupted, tmp_path):
-    subprocess.run([sys.executable, "-c", STOCK, pipelines(), uninterrupted / "final", tmp_path / "images.pt"],
-                   check=True, cwd=tmp_path)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", STOCK, pipelines(), uninterrupted / "final", tmp_path / "images.pt"],
+        check=True,
+        cwd=tmp_path,
+    )
     stock = torch.load(tmp_path / "images.pt", weights_only=True)
     pipeline = load_pipeline(pipelines())
     pipeline.unet.add_adapter(LoraConfig(r=4, lora_alpha=32, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))

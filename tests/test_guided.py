@@ -27,20 +27,20 @@ from safetensors.torch import load_file
 import inference
 import train_guided
 from common import shapes
-from common.arguments import UsageError
-from common.checkpoint import CheckpointError, checkpoints_in
-from common.diffusion import NoiseSchedule, ddim_scheduler
-from common.models import (
-    TINY_SD,
+from common.checkpoint import checkpoints_in
+from common.conditioning import (
     encode_empty_prompt,
     encode_images,
     encode_prompts,
     guidance_embedding,
-    load_pipeline,
     predict,
     predict_guided,
-    with_guidance_input,
 )
+from common.contract import TINY_SD
+from common.diffusion import NoiseSchedule
+from common.errors import CheckpointError, UsageError
+from common.pipelines import load_pipeline, with_guidance_input
+from common.schedulers import ddim_scheduler
 from train_guided import draw, guided_loss
 
 SCRIPT = ROOT / "train_guided.py"
@@ -191,8 +191,15 @@ def test_the_first_error_is_that_of_no_guidance_and_the_teacher_stays(pipelines,
 def test_a_few_step_teachers_timesteps_are_the_students(pipelines, tmp_path, monkeypatch):
     teacher = tmp_path / "teacher"
     shutil.copytree(pipelines(), teacher)
-    contract = {"method": "x", "parent": "y", "steps": 2, "timesteps": [999, 499], "guidance": "cfg",
-                "guidance_scale": 4.0, "target": "next"}  # fmt: skip
+    contract = {
+        "method": "x",
+        "parent": "y",
+        "steps": 2,
+        "timesteps": [999, 499],
+        "guidance": "cfg",
+        "guidance_scale": 4.0,
+        "target": "next",
+    }
     (teacher / "distillation.json").write_text(json.dumps(contract))
     seen = []
 
@@ -283,9 +290,14 @@ def test_output_keeps_the_contract_in_one_pass_a_step(pipelines, trained, varian
     run = trained(variant)
     pipeline, contract = load_output(pipelines, run, variant)
     assert contract == {
-        "method": "guided", "parent": pipelines(run.kind), "steps": None, "timesteps": None,
+        "method": "guided",
+        "parent": pipelines(run.kind),
+        "steps": None,
+        "timesteps": None,
         "guidance": "embedded" if variant == "embed" else "baked",
-        "guidance_scale": 7.5 if variant == "embed" else 1.0, "target": "next"}  # fmt: skip
+        "guidance_scale": 7.5 if variant == "embed" else 1.0,
+        "target": "next",
+    }
     assert type(pipeline.scheduler) is DDIMScheduler and pipeline.scheduler.config.timestep_spacing == "trailing"
     scales, saved = (3.0, 7.5) if variant == "embed" else (1.0,), pipeline.scheduler
     for steps in (1, 4, 8, 50):
@@ -334,8 +346,20 @@ def test_inference_samples_it_as_trained(trained, tmp_path, monkeypatch, variant
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spy)
     run_in_process(
-        inference, "--lora_path" if variant == "lora" else "--pretrained_model_name_or_path", final, "--prompt",
-        "a red ring", "--steps", 2, "--clip_model", "none", "--reader", "none", "--outdir", tmp_path)  # fmt: skip
+        inference,
+        "--lora_path" if variant == "lora" else "--pretrained_model_name_or_path",
+        final,
+        "--prompt",
+        "a red ring",
+        "--steps",
+        2,
+        "--clip_model",
+        "none",
+        "--reader",
+        "none",
+        "--outdir",
+        tmp_path,
+    )
     found = read_json(tmp_path / "results.json")["configurations"]
     assert [(row["steps"], row["guidance_scale"], row["timesteps"]) for row in found] == [(2, scale, [999, 499])]
     assert set(batches) == {(1, variant == "embed")}
@@ -352,8 +376,16 @@ def test_final_in_stock_diffusers_is_the_student_in_memory(pipelines, uninterrup
 
 def test_final_folders(uninterrupted, trained):
     names = {path.name for path in (uninterrupted / "final").iterdir()}
-    assert names == {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "distillation.json",
-                     "README.md"}  # fmt: skip
+    assert names == {
+        "model_index.json",
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "distillation.json",
+        "README.md",
+    }
     card = (uninterrupted / "final/README.md").read_text()
     assert "num_inference_steps=50, guidance_scale=7.5" in card and "scales 1 to 8, an input" in card
     names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}

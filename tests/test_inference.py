@@ -17,12 +17,13 @@ from PIL import Image
 
 import inference
 import prepare_tiny_sd
-from common import results, shapes
-from common.arguments import UsageError
-from common.data import sample_generator
-from common.metrics import SceneReader
-from common.sampling import scheduler_for
-from common.validation import write_distillation
+from common import shapes
+from common.contract import write_distillation
+from common.errors import UsageError
+from common.judging import results
+from common.judging.metrics import SceneReader
+from common.randomness import sample_generator
+from common.schedulers import scheduler_for
 
 PROMPTS = shapes.held_out_captions(2)
 
@@ -57,17 +58,48 @@ def launched(folders, tmp_path_factory):
     """One launch of the script: student and undistilled teacher at 1 and 2 steps, baseline at 3."""
     outdir = tmp_path_factory.mktemp("launch") / "out"
     result = subprocess.run(
-        [sys.executable, str(ROOT / "inference.py"), "--lora_path", str(folders / "final"), "--prompt", *PROMPTS,
-         "--steps", "1", "2", "--num_images", "2", "--compare_baseline", "--baseline_steps", "3", "--seed", "5",
-         "--clip_model", str(folders / "clip"), "--reader", str(folders / "reader"), "--outdir", str(outdir),
-         "--device", "cpu"],
-        capture_output=True, text=True, cwd=outdir.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "inference.py"),
+            "--lora_path",
+            str(folders / "final"),
+            "--prompt",
+            *PROMPTS,
+            "--steps",
+            "1",
+            "2",
+            "--num_images",
+            "2",
+            "--compare_baseline",
+            "--baseline_steps",
+            "3",
+            "--seed",
+            "5",
+            "--clip_model",
+            str(folders / "clip"),
+            "--reader",
+            str(folders / "reader"),
+            "--outdir",
+            str(outdir),
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=outdir.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode == 0, result.stderr
     return outdir, result.stdout
 
 
-NAMES = ["teacher 3 steps w=3", "teacher 1 steps w=3 (undistilled)", "teacher 2 steps w=3 (undistilled)",
-         "student 1 steps", "student 2 steps"]  # fmt: skip
+NAMES = [
+    "teacher 3 steps w=3",
+    "teacher 1 steps w=3 (undistilled)",
+    "teacher 2 steps w=3 (undistilled)",
+    "student 1 steps",
+    "student 2 steps",
+]
 
 
 def images_of(outdir, configuration):
@@ -78,7 +110,12 @@ def images_of(outdir, configuration):
 def test_files_of_a_launch(launched):
     outdir, stdout = launched
     assert {path.name for path in outdir.iterdir()} == {
-        "images", "grid_steps.png", "grid_comparison.png", "results.csv", "results.json"}  # fmt: skip
+        "images",
+        "grid_steps.png",
+        "grid_comparison.png",
+        "results.csv",
+        "results.json",
+    }
     assert {path.name for path in (outdir / "images").iterdir()} == {inference.slug(name) for name in NAMES}
     for name in NAMES:
         assert images_of(outdir, name).shape == (4, 32, 32, 3)
@@ -161,8 +198,16 @@ def test_batches_scale_and_second_run(folders, tmp_path):
 
 def test_image_to_image(folders, tmp_path):
     captions = tmp_path / "captions.json"
-    flags = ["--lora_path", folders / "final/pytorch_lora_weights.safetensors", "--prompts_file", captions,
-             "--steps", 2, "--pretrained_model_name_or_path", folders / "assets/tiny-sd"]  # fmt: skip
+    flags = [
+        "--lora_path",
+        folders / "final/pytorch_lora_weights.safetensors",
+        "--prompts_file",
+        captions,
+        "--steps",
+        2,
+        "--pretrained_model_name_or_path",
+        folders / "assets/tiny-sd",
+    ]
     captions.write_text(json.dumps([{"text": prompt} for prompt in PROMPTS]))
     run(folders, tmp_path / "without", *flags)
     baseline = ["--compare_baseline", "--baseline_steps", 2, "--negative_prompt", "blur", "--dtype", "bf16"]
@@ -178,8 +223,20 @@ def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatc
     real_features = inference.metrics.shapes_real_features
     monkeypatch.setattr(inference, "MIN_FRECHET_IMAGES", 4)
     monkeypatch.setattr(inference.metrics, "shapes_real_features", lambda clip: real_features(clip, count=8))
-    (row,) = run(folders, tmp_path, "--pretrained_model_name_or_path", folders / "assets/tiny-sd", "--steps", 1,
-                 "--held_out_captions", 4, "--clip_model", folders / "clip", "--guidance_scale", 2)  # fmt: skip
+    (row,) = run(
+        folders,
+        tmp_path,
+        "--pretrained_model_name_or_path",
+        folders / "assets/tiny-sd",
+        "--steps",
+        1,
+        "--held_out_captions",
+        4,
+        "--clip_model",
+        folders / "clip",
+        "--guidance_scale",
+        2,
+    )
     assert row["configuration"] == "model 1 steps w=2" and row["frechet_clip"] > 0 and row["images"] == 4
 
 
@@ -191,56 +248,86 @@ def baked(folders):
     for entry in (folders / "assets/tiny-sd").iterdir():
         (path / entry.name).symlink_to(entry)
     (path / "distillation.json").unlink()
-    write_distillation(path, guidance="baked", guidance_scale=1.0, steps=2, timesteps=[999, 499], target="next",
-                       parent=str(folders / "assets/tiny-sd"))  # fmt: skip
+    write_distillation(
+        path,
+        guidance="baked",
+        guidance_scale=1.0,
+        steps=2,
+        timesteps=[999, 499],
+        target="next",
+        parent=str(folders / "assets/tiny-sd"),
+    )
     return path
 
 
 def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
-    rows = run(folders, tmp_path, "--pretrained_model_name_or_path", baked, "--prompt", PROMPTS[0], "--steps", 3,
-               "--compare_baseline", "--baseline_steps", 2)  # fmt: skip
+    rows = run(
+        folders,
+        tmp_path,
+        "--pretrained_model_name_or_path",
+        baked,
+        "--prompt",
+        PROMPTS[0],
+        "--steps",
+        3,
+        "--compare_baseline",
+        "--baseline_steps",
+        2,
+    )
     assert [row["configuration"] for row in rows] == [
-        "teacher 2 steps w=3", "teacher 3 steps w=3 (undistilled)", "student 3 steps"]  # fmt: skip
+        "teacher 2 steps w=3",
+        "teacher 3 steps w=3 (undistilled)",
+        "student 3 steps",
+    ]
     # 3 does not divide 1000: the first-order twin of DDIM takes its place.
     assert [row["scheduler"] for row in rows] == ["DDIMScheduler", *["DPMSolverMultistepScheduler"] * 2]
     assert rows[-1]["timesteps"] == rows[1]["timesteps"] and rows[-1]["guidance_scale"] == 1
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--lora_path", "{models}/nowhere/final"], "no such file"),
-    (["--lora_path", "{models}"], "holds no LoRA to load (did you mean"),
-    (["--lora_path", "{models}/init.png"], ".safetensors"),
-    (["--lora_path", "{models}/final", "--scheduler", "ddim"], "leave the flag out"),
-    (["--lora_path", "{models}/final", "--guidance_scale", "3"], "guided twice"),
-    (["--pretrained_model_name_or_path", "{baked}", "--guidance_scale", "2"], "guided twice"),
-    (["--lora_path", "{models}/final", "--negative_prompt", "blur"], "--negative_prompt"),
-    (["--lora_path", "{models}/final", "--prompts_file", "{models}/none.txt"], "none.txt can't be read"),
-    (["--lora_path", "{models}/final", "--prompts_file", "{models}/empty.txt"], "has no prompt"),
-    (["--lora_path", "{models}/final", "--prompts_file", "{models}/final/distillation.json"], "not a JSON list"),
-    (["--lora_path", "{models}/final", "--init_image", "{models}/none.png"], "none.png"),
-    (["--lora_path", "{models}/final", "--strength", "0.5"], "--init_image"),
-    (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "1.5"], "--strength 1.5"),
-    (["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "0.4"], "leave none to run"),
-    (["--lora_path", "{models}/final", "--steps", "2000"], "1000 timesteps"),
-    (["--scheduler", "lcm50", "--steps", "4", "51"], "51 steps are more than the 50"),
-    (["--pretrained_model_name_or_path", "{models}/nowhere"], "no such folder"),
-    (["--pretrained_model_name_or_path", "{models}/clip"], "model_index.json"),
-    (["--held_out_captions", "2001"], "2000"),
-    (["--lora_scale", "0.5"], "--lora_path"),
-    (["--resolution", "33"], "multiple of 8"),
-    (["--device", "warp"], "no such device"),
-    (["--dtype", "fp16"], "needs a GPU"),
-    (["--cpu_offload"], "needs a CUDA GPU"),
-    (["--seed", "-1"], "negative"),
-    (["--outdir", "{models}/init.png"], "not a folder"),
-    (["--outdir", "{models}/init.png/out"], "init.png/out can't be made or written (Not a directory)"),
-    (["--outdir", "/dev/fd"], "--outdir /dev/fd can't be made or written"),
-    (["--clip_model", "{models}/nowhere"], "--clip_model: No CLIP judge at '{models}/nowhere'"),
-    (["--clip_model", "{models}/assets/tiny-sd"], "--clip_model: No CLIP judge at '{models}/assets/tiny-sd'"),
-    (["--reader", "{models}/nowhere"], "--reader {models}/nowhere: there is no scene reader"),
-    (["--reader", "{models}/clip"], "--reader {models}/clip: there is no scene reader"),
-    (["--reader", "{models}/clip", "--prompt", "a dog"], "--reader {models}/clip: there is no scene reader"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--lora_path", "{models}/nowhere/final"], "no such file"),
+        (["--lora_path", "{models}"], "holds no LoRA to load (did you mean"),
+        (["--lora_path", "{models}/init.png"], ".safetensors"),
+        (["--lora_path", "{models}/final", "--scheduler", "ddim"], "leave the flag out"),
+        (["--lora_path", "{models}/final", "--guidance_scale", "3"], "guided twice"),
+        (["--pretrained_model_name_or_path", "{baked}", "--guidance_scale", "2"], "guided twice"),
+        (["--lora_path", "{models}/final", "--negative_prompt", "blur"], "--negative_prompt"),
+        (["--lora_path", "{models}/final", "--prompts_file", "{models}/none.txt"], "none.txt can't be read"),
+        (["--lora_path", "{models}/final", "--prompts_file", "{models}/empty.txt"], "has no prompt"),
+        (["--lora_path", "{models}/final", "--prompts_file", "{models}/final/distillation.json"], "not a JSON list"),
+        (["--lora_path", "{models}/final", "--init_image", "{models}/none.png"], "none.png"),
+        (["--lora_path", "{models}/final", "--strength", "0.5"], "--init_image"),
+        (
+            ["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "1.5"],
+            "--strength 1.5",
+        ),
+        (
+            ["--lora_path", "{models}/final", "--init_image", "{models}/init.png", "--strength", "0.4"],
+            "leave none to run",
+        ),
+        (["--lora_path", "{models}/final", "--steps", "2000"], "1000 timesteps"),
+        (["--scheduler", "lcm50", "--steps", "4", "51"], "51 steps are more than the 50"),
+        (["--pretrained_model_name_or_path", "{models}/nowhere"], "no such folder"),
+        (["--pretrained_model_name_or_path", "{models}/clip"], "model_index.json"),
+        (["--held_out_captions", "2001"], "2000"),
+        (["--lora_scale", "0.5"], "--lora_path"),
+        (["--resolution", "33"], "multiple of 8"),
+        (["--device", "warp"], "no such device"),
+        (["--dtype", "fp16"], "needs a GPU"),
+        (["--cpu_offload"], "needs a CUDA GPU"),
+        (["--seed", "-1"], "negative"),
+        (["--outdir", "{models}/init.png"], "not a folder"),
+        (["--outdir", "{models}/init.png/out"], "init.png/out can't be made or written (Not a directory)"),
+        (["--outdir", "/dev/fd"], "--outdir /dev/fd can't be made or written"),
+        (["--clip_model", "{models}/nowhere"], "--clip_model: No CLIP judge at '{models}/nowhere'"),
+        (["--clip_model", "{models}/assets/tiny-sd"], "--clip_model: No CLIP judge at '{models}/assets/tiny-sd'"),
+        (["--reader", "{models}/nowhere"], "--reader {models}/nowhere: there is no scene reader"),
+        (["--reader", "{models}/clip"], "--reader {models}/clip: there is no scene reader"),
+        (["--reader", "{models}/clip", "--prompt", "a dog"], "--reader {models}/clip: there is no scene reader"),
+    ],
+)
 def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, monkeypatch, flags, sentence):
     monkeypatch.setattr(inference, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded first"))
     (folders / "empty.txt").write_text("\n \n")
@@ -332,8 +419,10 @@ def test_table_of_what_was_measured(capsys):
 
 def test_a_lora_of_another_model_is_refused(folders, tmp_path):
     path = tmp_path / "lora.safetensors"
-    inference_weights = {"unet.nothing.to_q.lora_A.weight": torch.zeros(2, 8), "unet.nothing.to_q.lora_B.weight":
-                         torch.zeros(8, 2)}  # fmt: skip
+    inference_weights = {
+        "unet.nothing.to_q.lora_A.weight": torch.zeros(2, 8),
+        "unet.nothing.to_q.lora_B.weight": torch.zeros(8, 2),
+    }
     from safetensors.torch import save_file
 
     save_file(inference_weights, path)

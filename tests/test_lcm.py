@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 
 import train_lcm
 from common.checkpoint import checkpoints_in
-from common.diffusion import NoiseSchedule, student_scheduler, student_timesteps
-from common.models import load_pipeline
-from common.sampling import saved_scheduler
+from common.diffusion import NoiseSchedule
+from common.pipelines import load_pipeline
+from common.schedulers import saved_scheduler, student_scheduler, student_timesteps
 from train_lcm import boundary_scalings, consistency_function, draw, lcm_loss, phase_grid
 
 SCRIPT = ROOT / "train_lcm.py"
@@ -160,9 +160,24 @@ CASES = [
 @pytest.mark.parametrize("kind, flags, other_steps", CASES, ids=[f"{c[0]} {' '.join(map(str, c[1]))}" for c in CASES])
 def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, kind, flags, other_steps):
     run_in_process(
-        train_lcm, *quick(pipelines, tmp_path, *flags, "--gradient_checkpointing", "--export", "fp16",
-                          "--validation_prompts", "a ring", "--validation_steps", 1, "--num_validation_images", 1,
-                          kind=kind, steps=1))  # fmt: skip
+        train_lcm,
+        *quick(
+            pipelines,
+            tmp_path,
+            *flags,
+            "--gradient_checkpointing",
+            "--export",
+            "fp16",
+            "--validation_prompts",
+            "a ring",
+            "--validation_steps",
+            1,
+            "--num_validation_images",
+            1,
+            kind=kind,
+            steps=1,
+        ),
+    )
     final, lora, phases = tmp_path / "final", "--lora_rank" in flags, other_steps is None
     contract = read_json(final / "distillation.json")
     assert contract["method"] == "lcm" and contract["parent"] == pipelines(kind)
@@ -365,12 +380,15 @@ def test_mistakes_are_one_sentence(pipelines, tmp_path, capsys, wrong, said):
     assert error.startswith("error: ") or "--lora_targets" in wrong  # that one needs the UNet: a bar stands before it
 
 
-@pytest.mark.parametrize("contract, flags, said", [
-    ({"guidance": "embedded"}, [], "takes its guidance scale as an input"),
-    ({"guidance": "baked", "timesteps": [999, 499]}, [], "for 2 steps"),
-    ({"guidance": "baked"}, ["--guidance_scale", 3], "--guidance_scale 3"),
-    ({"guidance": "baked"}, ["--guidance_max", 3], "--guidance_max"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "contract, flags, said",
+    [
+        ({"guidance": "embedded"}, [], "takes its guidance scale as an input"),
+        ({"guidance": "baked", "timesteps": [999, 499]}, [], "for 2 steps"),
+        ({"guidance": "baked"}, ["--guidance_scale", 3], "--guidance_scale 3"),
+        ({"guidance": "baked"}, ["--guidance_max", 3], "--guidance_max"),
+    ],
+)
 def test_teachers_that_do_not_fit_are_refused(pipelines, tmp_path, capsys, contract, flags, said):
     teacher = shutil.copytree(pipelines(), tmp_path / "teacher")
     train_lcm.write_distillation(teacher, guidance_scale=1.0, **contract)

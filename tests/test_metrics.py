@@ -10,8 +10,9 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from common import metrics, shapes
-from common.metrics import ClipJudge, SceneReader
+from common import shapes
+from common.judging import metrics
+from common.judging.metrics import ClipJudge, SceneReader
 
 PAIR = next(scene for scene in shapes.held_out_scenes() if scene[1] and scene[2] != scene[5] and scene[3] != scene[6])
 ALONE = next(scene for scene in shapes.held_out_scenes() if not scene[1])
@@ -72,8 +73,10 @@ class FakeReader(nn.Module):
 
 def test_bootstrap_interval_covers_and_shrinks():
     rng = np.random.default_rng(0)
-    covered = sum(low <= 0 <= high for _, low, high in (
-        metrics.bootstrap_interval(rng.normal(size=100), seed=i) for i in range(100)))  # fmt: skip
+    covered = sum(
+        low <= 0 <= high
+        for _, low, high in (metrics.bootstrap_interval(rng.normal(size=100), seed=i) for i in range(100))
+    )
     assert 88 <= covered <= 100
     mean, low, high = metrics.bootstrap_interval(torch.arange(100) % 2 == 0)
     assert mean == 0.5 and low < 0.5 < high
@@ -226,8 +229,11 @@ def test_clip_judge_features(judge):
         outputs = judge.model(pixel_values=pixels[3:4], **tokens)
     assert torch.allclose(outputs.image_embeds[0], images[3], atol=1e-5)
     assert torch.allclose(outputs.text_embeds[0], texts[3], atol=1e-5)
-    assert torch.allclose(judge.model.visual_projection(pooled[3]), judge.model.get_image_features(
-        pixels[3:4]).pooler_output[0], atol=1e-5)  # fmt: skip
+    assert torch.allclose(
+        judge.model.visual_projection(pooled[3]),
+        judge.model.get_image_features(pixels[3:4]).pooler_output[0],
+        atol=1e-5,
+    )
     for bad in (pixels[0], pixels[:0], pixels[:, :1], (pixels * 100).byte()):
         with pytest.raises(ValueError, match="Pixels"):
             judge.image_features(bad)

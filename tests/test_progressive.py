@@ -22,9 +22,11 @@ from launching import (
 from safetensors.torch import load_file
 
 import train_progressive
-from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
-from common.models import encode_prompts, load_pipeline, predict, predict_guided, with_guidance_input
-from common.validation import write_distillation
+from common.conditioning import encode_prompts, predict, predict_guided
+from common.contract import write_distillation
+from common.diffusion import NoiseSchedule
+from common.pipelines import load_pipeline, with_guidance_input
+from common.schedulers import ddim_scheduler, student_timesteps
 from train_progressive import draw, progressive_loss, stage_at, stage_grid, stage_lengths, student_steps
 
 SCRIPT = ROOT / "train_progressive.py"

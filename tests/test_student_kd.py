@@ -13,10 +13,13 @@ from diffusers import UNet2DConditionModel
 from launching import SHAPES, assert_every_flag_has_help, error_of, quick_student
 
 import train_student_kd
-from common import compression
-from common.arguments import UsageError, learning_rate_at
-from common.diffusion import NoiseSchedule, ddim_scheduler, student_timesteps
-from common.models import Conditioning, encode_empty_prompt, encode_prompts, load_pipeline
+from common.compression import students
+from common.conditioning import Conditioning, encode_empty_prompt, encode_prompts
+from common.diffusion import NoiseSchedule
+from common.errors import UsageError
+from common.optimization import learning_rate_at
+from common.pipelines import load_pipeline
+from common.schedulers import ddim_scheduler, student_timesteps
 from train_student_kd import chain_index, draw, kd_loss, min_snr_weights, ramp
 
 # The method
@@ -53,8 +56,10 @@ def test_min_snr_is_the_weight_of_an_error_in_x0(kind, target):
     schedule = NoiseSchedule(random_pipeline(kind).scheduler)
     t, z = torch.tensor([0, 100, 500, 999]), torch.randn(4, 4, 8, 8)
     outputs = torch.randn(2, 4, 4, 8, 8).unbind()
-    own, x0 = ((a - b).square().mean(dim=(1, 2, 3)) for a, b in
-               (outputs, [schedule.to_x0(output, z, t) for output in outputs]))  # fmt: skip
+    own, x0 = (
+        (a - b).square().mean(dim=(1, 2, 3))
+        for a, b in (outputs, [schedule.to_x0(output, z, t) for output in outputs])
+    )
     snr = schedule.snr(t).flatten()
     torch.testing.assert_close(min_snr_weights(schedule, t, 5) * own, snr.clamp(max=5) * x0, rtol=1e-3, atol=1e-6)
     assert min_snr_weights(schedule, t, None).tolist() == [1, 1, 1, 1]
@@ -158,8 +163,16 @@ def test_random_latents_need_captions_only(pipelines, students, tmp_path, monkey
     (tmp_path / "data").mkdir()
     (tmp_path / "data/captions.json").write_text(json.dumps([{"text": "a red ring"}, {"text": "a blue cross"}]))
     run_in_process(
-        train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path / "out", "--random_latents",
-                                         data=["--data_dir", tmp_path / "data"], steps=1))  # fmt: skip
+        train_student_kd,
+        *quick_student(
+            pipelines,
+            students("sd", "sd_small"),
+            tmp_path / "out",
+            "--random_latents",
+            data=["--data_dir", tmp_path / "data"],
+            steps=1,
+        ),
+    )
     assert seen[0][1] == 0 and seen[0][2] > 0 and (tmp_path / "out/final").is_dir()
 
 
@@ -167,8 +180,15 @@ def test_a_few_step_teachers_timesteps_are_the_students(pipelines, students, tmp
     """Its guidance is baked in: no error against the noise, no guidance of the student, no other timesteps."""
     teacher = tmp_path / "teacher"
     shutil.copytree(pipelines(), teacher)
-    contract = {"method": "x", "parent": "y", "steps": 2, "timesteps": [999, 499], "guidance": "baked",
-                "guidance_scale": 1.0, "target": "next"}  # fmt: skip
+    contract = {
+        "method": "x",
+        "parent": "y",
+        "steps": 2,
+        "timesteps": [999, 499],
+        "guidance": "baked",
+        "guidance_scale": 1.0,
+        "target": "next",
+    }
     (teacher / "distillation.json").write_text(json.dumps(contract))
     seen, drawn = spy_losses(monkeypatch), []
 
@@ -211,7 +231,7 @@ def test_sd_tiny_of_sd15_has_features_of_equal_sizes():
     """The pairs of the full-size student, on the meta device: its last stage no longer downsamples."""
     with torch.device("meta"):
         teacher = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        student, manifest = compression.build_student(teacher, "sd_tiny")
+        student, manifest = students.build_student(teacher, "sd_tiny")
         inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1)
         shapes = []
         for unet, names in zip((student, teacher), zip(*manifest["feature_pairs"])):

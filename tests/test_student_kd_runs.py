@@ -22,11 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_student_kd
-from common import metrics
-from common.checkpoint import CheckpointError, checkpoints_in
-from common.diffusion import ddim_scheduler, student_timesteps
-from common.evaluation import better
-from common.models import load_pipeline
+from common.checkpoint import checkpoints_in
+from common.errors import CheckpointError
+from common.judging import metrics
+from common.judging.evaluation import better
+from common.pipelines import load_pipeline
+from common.schedulers import ddim_scheduler, student_timesteps
 
 SCRIPT = ROOT / "train_student_kd.py"
 # Every schedule at once: all are functions of the step, and must survive resume, accumulation and processes.
@@ -120,7 +121,11 @@ def test_every_trained_weight_moves_and_projections_stay_out_of_the_output(unint
     before, after = (load_file(uninterrupted / f"checkpoint-{n}" / "student.safetensors") for n in (3, 6))
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert {name.split(".")[1] for name in before if name.startswith("projections.")} == {
-        "down_blocks_0", "down_blocks_1", "up_blocks_0", "up_blocks_1"}  # fmt: skip
+        "down_blocks_0",
+        "down_blocks_1",
+        "up_blocks_0",
+        "up_blocks_1",
+    }
     ema = load_file(uninterrupted / "checkpoint-6" / "student_ema.safetensors")
     final = load_file(uninterrupted / "final/unet/diffusion_pytorch_model.safetensors")
     assert {f"unet.{name}" for name in final} == {name for name in ema if name.startswith("unet.")}
@@ -181,8 +186,16 @@ def test_another_run_is_refused_and_another_length_is_said(pipelines, students, 
 def evaluating(tmp_path):
     """Flags of evaluations of five images, LPIPS with a random trunk among them."""
     save_random_vgg16(tmp_path / "vgg16.safetensors")
-    return ["--eval_steps", 2, "--num_eval_images", 5, "--eval_inference_steps", 2, "--lpips_trunk_path",
-            tmp_path / "vgg16.safetensors"]  # fmt: skip
+    return [
+        "--eval_steps",
+        2,
+        "--num_eval_images",
+        5,
+        "--eval_inference_steps",
+        2,
+        "--lpips_trunk_path",
+        tmp_path / "vgg16.safetensors",
+    ]
 
 
 def test_evaluation_leaves_training_bit_identical_and_remembers_the_best(
@@ -272,8 +285,17 @@ def test_final_in_stock_diffusers_is_the_student_in_memory(students, uninterrupt
 
 def test_final_folder_and_checkpoint(uninterrupted):
     names = {path.name for path in (uninterrupted / "final").iterdir()}
-    assert names == {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "distillation.json",
-                     "compression.json", "README.md"}  # fmt: skip
+    assert names == {
+        "model_index.json",
+        "unet",
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "distillation.json",
+        "compression.json",
+        "README.md",
+    }
     card = (uninterrupted / "final/README.md").read_text()
     assert "DiffusionPipeline.from_pretrained" in card and "sd_small, widths [8, 16]" in card
     names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}

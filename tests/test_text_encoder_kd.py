@@ -23,12 +23,14 @@ from launching import (
 from safetensors.torch import load_file
 
 import train_text_encoder_kd
-from common.checkpoint import CheckpointError
-from common.diffusion import NoiseSchedule, student_scheduler
-from common.models import TINY_SD, encode_prompts, load_pipeline, predict
+from common.conditioning import encode_prompts, predict
+from common.contract import TINY_SD, write_distillation
+from common.diffusion import NoiseSchedule
+from common.errors import CheckpointError
+from common.pipelines import load_pipeline
+from common.schedulers import student_scheduler
 from common.shapes import caption_of, training_scene
 from common.text_encoders import fit_projection, kept_layers, most_important, shrink_text_encoder
-from common.validation import write_distillation
 from train_text_encoder_kd import TextStates, draw, student_in_place, text_encoder_loss, tokenize, with_student
 
 SCRIPT = ROOT / "train_text_encoder_kd.py"
@@ -65,8 +67,15 @@ def test_loss_is_the_equation():
 
 @pytest.mark.parametrize(
     "layers, kept",
-    [((3, 1), [0]), ((3, 2), [0, 2]), ((12, 6), [0, 2, 4, 7, 9, 11]), ((4, 4), [0, 1, 2, 3]),
-     ((12, 6, True), [0, 2, 5, 8, 10, 11]), ((2, 2, True), [0, 1])])  # fmt: skip
+    [
+        ((3, 1), [0]),
+        ((3, 2), [0, 2]),
+        ((12, 6), [0, 2, 4, 7, 9, 11]),
+        ((4, 4), [0, 1, 2, 3]),
+        ((12, 6, True), [0, 2, 5, 8, 10, 11]),
+        ((2, 2, True), [0, 1]),
+    ],
+)
 def test_kept_layers_are_evenly_spaced(layers, kept):
     assert kept_layers(*layers) == kept
 
@@ -166,17 +175,41 @@ def test_randomness_belongs_to_the_sample():
 
 @pytest.mark.parametrize(
     "kind, more",
-    [("v", ["--intermediate_size", 32, "--mixed_precision", "bf16"]),
-     ("sdxl", ["--intermediate_size", 32, "--through_unet", "--unet_weight", 2]),
-     ("sdxl", ["--text_encoder", "text_encoder_2", "--intermediate_size", 32])])  # fmt: skip
+    [
+        ("v", ["--intermediate_size", 32, "--mixed_precision", "bf16"]),
+        ("sdxl", ["--intermediate_size", 32, "--through_unet", "--unet_weight", 2]),
+        ("sdxl", ["--text_encoder", "text_encoder_2", "--intermediate_size", 32]),
+    ],
+)
 def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, kind, more):
     run_in_process(
-        train_text_encoder_kd, *quick(pipelines, tmp_path, *more, "--gradient_checkpointing", "--export", "fp16",
-                                      "--validation_prompts", "a ring", "--validation_steps", 2,
-                                      "--num_validation_images", 1, kind=kind))  # fmt: skip
+        train_text_encoder_kd,
+        *quick(
+            pipelines,
+            tmp_path,
+            *more,
+            "--gradient_checkpointing",
+            "--export",
+            "fp16",
+            "--validation_prompts",
+            "a ring",
+            "--validation_steps",
+            2,
+            "--num_validation_images",
+            1,
+            kind=kind,
+        ),
+    )
     contract = read_json(tmp_path / "final/distillation.json")
-    assert contract == {"method": "text_encoder_kd", "parent": pipelines(kind), "steps": None, "timesteps": None,
-                        "guidance": "cfg", "guidance_scale": 7.5, "target": None}  # fmt: skip
+    assert contract == {
+        "method": "text_encoder_kd",
+        "parent": pipelines(kind),
+        "steps": None,
+        "timesteps": None,
+        "guidance": "cfg",
+        "guidance_scale": 7.5,
+        "target": None,
+    }
     pipeline, teacher = load_pipeline(tmp_path / "final"), load_pipeline(pipelines(kind))
     assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.timestep_spacing == "trailing"
     assert_contract(pipeline, pipeline.scheduler, contract, 4)
@@ -202,8 +235,13 @@ def test_a_few_step_teacher_keeps_its_scheduler_and_contract(pipelines, tmp_path
     pipeline = load_pipeline(pipelines())
     pipeline.scheduler = student_scheduler(pipeline.scheduler, "x0", 4)
     pipeline.save_pretrained(tmp_path / "teacher")
-    carried = {"steps": 4, "timesteps": [999, 749, 499, 249], "guidance": "baked", "guidance_scale": 1.0,
-               "target": "x0"}  # fmt: skip
+    carried = {
+        "steps": 4,
+        "timesteps": [999, 749, 499, 249],
+        "guidance": "baked",
+        "guidance_scale": 1.0,
+        "target": "x0",
+    }
     write_distillation(tmp_path / "teacher", method="add", parent="x", **carried)
     more = ["--pretrained_model_name_or_path", tmp_path / "teacher", "--run_name", "run"]
     run_in_process(train_text_encoder_kd, *quick(pipelines, tmp_path, *more, steps=1))
@@ -290,8 +328,10 @@ def test_final_in_stock_diffusers_is_the_student_in_memory(pipelines, uninterrup
 def test_final_and_checkpoint_hold_what_they_should(uninterrupted):
     config = read_json(uninterrupted / "final/unet/config.json")
     assert (config["encoder_hid_dim"], config["encoder_hid_dim_type"]) == (16, "text_proj")
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (
-        random_pipeline("sd").text_encoder, load_pipeline(uninterrupted / "final").text_encoder))  # fmt: skip
+    before, after = (
+        sum(p.numel() for p in m.parameters())
+        for m in (random_pipeline("sd").text_encoder, load_pipeline(uninterrupted / "final").text_encoder)
+    )
     card = (uninterrupted / "final/README.md").read_text()
     assert f"{before:,} -> {after + 16 * 32 + 32:,}" in card and "num_hidden_layers 2 -> 1" in card
     names = {path.name for path in (uninterrupted / "checkpoint-6").iterdir()}

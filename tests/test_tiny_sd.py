@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 import prepare_tiny_sd
 from common import shapes
-from common.metrics import ClipJudge, SceneReader, r_precision, scene_accuracy
-from common.models import load_pipeline, read_distillation
+from common.contract import read_distillation
+from common.judging.metrics import ClipJudge, SceneReader, r_precision, scene_accuracy
+from common.pipelines import load_pipeline
 
 ASSETS = ROOT / "assets"
 
@@ -113,8 +114,13 @@ def test_the_clip_tells_captions_apart():
 def test_the_teacher_draws_what_it_is_told():
     pipeline, captions = load_pipeline(ASSETS / "tiny-sd"), shapes.held_out_captions(16)
     scale = read_distillation(ASSETS / "tiny-sd")["guidance_scale"]
-    images = pipeline(captions, num_inference_steps=20, guidance_scale=scale, output_type="pt",
-                      generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    images = pipeline(
+        captions,
+        num_inference_steps=20,
+        guidance_scale=scale,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     reader = SceneReader.from_pretrained(ASSETS / "tiny-reader")
     assert scene_accuracy(reader, images * 2 - 1, captions).float().mean() >= 0.8
 
@@ -123,8 +129,16 @@ def test_every_part_trains_and_a_second_run_trains_nothing(tmp_path):
     trained = ["reader", "vision", "clip", "vae", "unet", "decoder"]
     steps = [word for part in trained for word in (f"--{part}_steps", "2")]
     few = ["--latents", "70", "--guidance_captions", "2", "--report_captions", "3"]
-    command = [sys.executable, ROOT / "prepare_tiny_sd.py", "--output_dir", tmp_path / "assets", "--work_dir",
-               tmp_path / "work", *steps, *few]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "prepare_tiny_sd.py",
+        "--output_dir",
+        tmp_path / "assets",
+        "--work_dir",
+        tmp_path / "work",
+        *steps,
+        *few,
+    ]
     first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert all(f"{part} step 2 loss" in first for part in trained)
     assert "| teacher, 50 DDIM steps" in first and "| VAE reconstructions" in first

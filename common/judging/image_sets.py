@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from common import metrics, shapes
-from common.arguments import UsageError
+from common import shapes
 from common.data import IMAGE_FORMATS, to_square
 from common.data_formats import IMAGE_EXTENSIONS
+from common.errors import UsageError
+from common.judging import metrics
 
 SHAPES_REAL_IMAGES = 2000
 

@@ -16,17 +16,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import metrics, shapes
-from common.arguments import UsageError
-from common.models import TINY_SD
+from common import shapes
+from common.contract import TINY_SD
+from common.errors import UsageError
+from common.judging import metrics
 
 METRICS = ("clip_score", "r_precision", "scene_accuracy")
 COLUMNS = (
-    "configuration", "role", "steps", "guidance_scale", "prompt_index", "prompt", "images", "batch_size",
-    "seconds_per_image", "seconds_per_image_without_decode", "speedup", "speedup_without_decode",
+    "configuration",
+    "role",
+    "steps",
+    "guidance_scale",
+    "prompt_index",
+    "prompt",
+    "images",
+    "batch_size",
+    "seconds_per_image",
+    "seconds_per_image_without_decode",
+    "speedup",
+    "speedup_without_decode",
     *(f"{name}{suffix}" for name in METRICS for suffix in ("", "_low", "_high", "_retention")),
-    "frechet_clip", "peak_memory_mib", "peak_memory_kind",
-)  # fmt: skip
+    "frechet_clip",
+    "peak_memory_mib",
+    "peak_memory_kind",
+)
 TABLE = (  # what print_table shows: heading, column, how its value is written
     ("ms/image", "seconds_per_image", lambda seconds: f"{1000 * seconds:.1f}"),
     ("no decode", "seconds_per_image_without_decode", lambda seconds: f"{1000 * seconds:.1f}"),
@@ -172,8 +185,9 @@ def print_table(runs, table=TABLE):
         low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
         return written(row[name]) + (f" [{written(low)}, {written(high)}]" if low is not None else "")
 
-    lines = [[rows[0]["configuration"], *(shown(rows[0], name, written) for _, name, written in table)]
-             for rows in runs]  # fmt: skip
+    lines = [
+        [rows[0]["configuration"], *(shown(rows[0], name, written) for _, name, written in table)] for rows in runs
+    ]
     columns = [column for column in zip(["configuration", *(head for head, _, _ in table)], *lines) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     for cells in zip(*columns):

@@ -1,4 +1,4 @@
-"""Compression: smaller UNets initialised from a larger one, and the manifest that says what came from where.
+"""Smaller UNets, initialised from a larger one.
 
 Two cuts, which combine: blocks are removed (BK-SDM, arXiv:2305.15798), then the rest is made narrower. Everything that
 is decided can be expressed by the UNet's config, so the result loads anywhere with stock diffusers.
@@ -9,7 +9,6 @@ starts at conv_in and at each conv_shortcut. Kept are the channels with the larg
 layers that write them (counting those that read them too starts tiny-sd's student farther from its teacher).
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -18,61 +17,41 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint import FinalFolder
-from common.models import ModelError, read_distillation
-from common.validation import write_distillation, write_model_card
+from common.compression.manifest import write_manifest
+from common.contract import read_distillation, write_distillation
+from common.errors import ModelError
+from common.outputs import reopen, usage_of, write_model_card
 
 VARIANTS = ("sd_base", "sd_small", "sd_tiny")
-MANIFEST = "compression.json"
 _PART = re.compile(r"((?:down_blocks|up_blocks)\.(\d+))\.(resnets|attentions)\.(\d+)(?:\.transformer_blocks\.(\d+))?")
 _MID_LAYER = re.compile(r"(mid_block\.attentions\.\d+)\.transformer_blocks\.(\d+)")
 
 
-class CompressionError(ModelError):
-    """A compression that can't be done, or a manifest that can't be read, in one sentence."""
-
-
-def read_manifest(folder):
-    """compression.json of a student pipeline: a dict. Raises CompressionError naming the file."""
-    file = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-        pairs = manifest["feature_pairs"]
-        if not all(len(pair) == 2 and all(isinstance(name, str) for name in pair) for pair in pairs):
-            raise ValueError("its feature_pairs are no pairs of names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (
-            "there is no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-        )
-        raise CompressionError(f"{file} can't be read ({reason}); prepare_unet_small.py writes it.") from None
-    return manifest
-
-
-def write_manifest(folder, manifest):
-    (Path(folder) / MANIFEST).write_text(json.dumps(manifest) + "\n")
-
-
-def save_student(folder, pipeline, manifest, parent):
+def save_untrained(folder, pipeline, manifest, parent, revision=None, variant=None):
     """The folder of an untrained student: the whole pipeline, its manifest, distillation.json and model card.
 
-    `parent`: path of the teacher pipeline, whose guidance, timesteps and steps are the student's too.
+    parent, revision, variant: of the teacher pipeline, whose guidance, timesteps and steps are the student's too.
     """
+    origin = {"parent": parent, "revision": revision, "variant": variant}
+    folder = Path(folder).absolute()
     with FinalFolder(folder) as student:
         pipeline.save_pretrained(student)
-        write_manifest(student, {"parent": parent, **manifest})
-        write_distillation(student, **{
-            "steps": None, "timesteps": None, "target": None, **read_distillation(parent),
-            "method": "prepare_unet_small", "parent": parent})  # fmt: skip
+        write_manifest(student, {**manifest, **origin})
+        contract = {"steps": None, "timesteps": None, "target": None, **read_distillation(parent), **origin}
+        write_distillation(student, **{**contract, "method": "prepare_unet_small"})
         counts = manifest["parameters"]
         write_model_card(
-            student, "Smaller student, not trained yet", parent,
-            usage="""
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")  # train it first: train_student_kd.py""",
-            notes={
-                "variant": manifest["variant"], "block_out_channels": manifest["block_out_channels"],
+            student,
+            "Smaller student, to be trained by train_student_kd.py",
+            parent,
+            usage_of(contract, folder),
+            {
+                "blocks": manifest["variant"],
+                "block_out_channels": manifest["block_out_channels"],
                 "UNet parameters": f"{counts['student']:,} of {counts['teacher']:,}",
-            })  # fmt: skip
+            },
+        )
+        reopen(student, pipeline)
 
 
 def build_student(teacher, variant=None, block_out_channels=None):
@@ -81,7 +60,7 @@ def build_student(teacher, variant=None, block_out_channels=None):
     Manifest: variant, block_out_channels, block_map {student module: teacher module}, feature_pairs [[student module,
     teacher module], ...] whose outputs have one resolution, keep (see slice_widths; None where no width changed),
     parameters and macs {teacher, student} (multiply-accumulates of one forward at the native size, batch 1).
-    Raises CompressionError.
+    Raises ModelError.
     """
     config = dict(teacher.config)
     student, keep = empty_unet(student_config(config, variant)), None
@@ -92,10 +71,13 @@ def build_student(teacher, variant=None, block_out_channels=None):
     if block_out_channels is not None and list(block_out_channels) != list(student.config.block_out_channels):
         student, keep = slice_widths(student, block_out_channels)
     return student.eval(), {
-        "variant": variant, "block_out_channels": list(student.config.block_out_channels), "block_map": sources,
-        "feature_pairs": feature_pairs(student, teacher, sources, shift), "keep": keep,
+        "variant": variant,
+        "block_out_channels": list(student.config.block_out_channels),
+        "block_map": sources,
+        "feature_pairs": feature_pairs(student, teacher, sources, shift),
+        "keep": keep,
         **costs(config, student.config),
-    }  # fmt: skip
+    }
 
 
 def empty_unet(config):
@@ -109,7 +91,7 @@ def stages_dropped(variant):
 
 
 def student_config(config, variant=None, block_out_channels=None):
-    """The config (a dict) of the student of a UNet with this config. Raises CompressionError.
+    """The config (a dict) of the student of a UNet with this config. Raises ModelError.
 
     sd_base: one layer per block instead of two (in the up blocks two instead of three), and transformers of more than
     one layer half as deep (SDXL). sd_small: sd_base without the middle block. sd_tiny: sd_small without the deepest
@@ -118,12 +100,10 @@ def student_config(config, variant=None, block_out_channels=None):
     config = {key: value for key, value in dict(config).items() if not key.startswith("_")}
     if variant is not None:
         if not isinstance(config["layers_per_block"], int):
-            raise CompressionError(
-                "the UNet has another number of layers in each block: it can't lose one everywhere."
-            )
+            raise ModelError("the UNet has another number of layers in each block: it can't lose one everywhere.")
         config["layers_per_block"] = 1
         if config.get("reverse_transformer_layers_per_block") is not None:
-            raise CompressionError("the UNet's up blocks have transformers of their own depths: not supported.")
+            raise ModelError("the UNet's up blocks have transformers of their own depths: not supported.")
         depth = config.get("transformer_layers_per_block", 1)
         halved = [-(-d // 2) for d in (depth if isinstance(depth, list | tuple) else [depth])]
         config["transformer_layers_per_block"] = halved if isinstance(depth, list | tuple) else halved[0]
@@ -132,11 +112,9 @@ def student_config(config, variant=None, block_out_channels=None):
     if variant == "sd_tiny":
         stages = len(config["down_block_types"])
         if stages < 2 or "Attn" not in config["down_block_types"][-2]:
-            raise CompressionError(
-                f"sd_tiny drops the deepest of {stages} stages, and none with attention would stay."
-            )
+            raise ModelError(f"sd_tiny drops the deepest of {stages} stages, and none with attention would stay.")
         if config["block_out_channels"][-1] != config["block_out_channels"][-2]:
-            raise CompressionError("sd_tiny drops the deepest stage, but the one above it is narrower: nothing fits.")
+            raise ModelError("sd_tiny drops the deepest stage, but the one above it is narrower: nothing fits.")
         for key, value in config.items():
             if isinstance(value, list | tuple) and len(value) == stages and key != "up_block_types":
                 config[key] = list(value[:-1])
@@ -146,14 +124,14 @@ def student_config(config, variant=None, block_out_channels=None):
         check_widths(config, widths, wanted)
         config["block_out_channels"] = wanted
         if config.get("time_embedding_dim") is not None:
-            raise CompressionError("the UNet has a time_embedding_dim of its own: its widths can't be changed here.")
+            raise ModelError("the UNet has a time_embedding_dim of its own: its widths can't be changed here.")
     return config
 
 
 def check_widths(config, widths, wanted):
-    """Raise CompressionError unless every wanted width keeps a whole number of channels of each group and head."""
+    """Raise ModelError unless every wanted width keeps a whole number of channels of each group and head."""
     if len(wanted) != len(widths):
-        raise CompressionError(f"{len(wanted)} widths are given for {len(widths)} stages ({widths}).")
+        raise ModelError(f"{len(wanted)} widths are given for {len(widths)} stages ({widths}).")
     group = min(widths) // config["norm_num_groups"]
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
     heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(widths)
@@ -163,10 +141,10 @@ def check_widths(config, widths, wanted):
         fits = [width * k // group for k in range(1, group + 1)]
         fits = [w for w in fits if not attends or w % head == 0]
         if new not in fits:
-            raise CompressionError(f"a width of {width} can become {', '.join(map(str, fits))}, not {new}.")
+            raise ModelError(f"a width of {width} can become {', '.join(map(str, fits))}, not {new}.")
 
     if len(set(zip(widths, wanted))) != len(set(widths)):
-        raise CompressionError(f"stages of one width must stay of one width: {widths} can't become {wanted}.")
+        raise ModelError(f"stages of one width must stay of one width: {widths} can't become {wanted}.")
 
 
 def scaled_widths(widths, ratio):
@@ -265,7 +243,7 @@ def slice_widths(unet, block_out_channels):
     """(narrower UNet, keep): the channels of `unet` that are worth most, at the widths `block_out_channels`.
 
     keep: {"indices": {name: kept channels, ascending}, "layers": {module: [names of its rows, names of its columns]}}.
-    A layer that reads or writes a concatenation names its parts in order; None means all. Raises CompressionError.
+    A layer that reads or writes a concatenation names its parts in order; None means all. Raises ModelError.
     """
     config = student_config(unet.config, None, block_out_channels)
     layers, sizes = channel_graph(unet, config["block_out_channels"])
@@ -325,14 +303,14 @@ def channel_graph(unet, block_out_channels):
     """Which channels each layer writes and reads: ({module: (rows, columns)}, {name: (old size, new size, kind)}).
 
     rows and columns: lists of names whose concatenation the layer writes or reads; None: all, as they are.
-    Raises CompressionError for a UNet with layers that are not known here.
+    Raises ModelError for a UNet with layers that are not known here.
     """
     config = unet.config
     for option in ("class_embed_type", "encoder_hid_dim_type", "dual_cross_attention", "only_cross_attention"):
         if config.get(option):
-            raise CompressionError(f"the UNet has {option} {config[option]}: its widths can't be changed here.")
+            raise ModelError(f"the UNet has {option} {config[option]}: its widths can't be changed here.")
     if config.resnet_time_scale_shift != "default" or config.attention_type != "default":
-        raise CompressionError("the UNet has other resnets or attentions than Stable Diffusion's: not supported.")
+        raise ModelError("the UNet has other resnets or attentions than Stable Diffusion's: not supported.")
     widths, new_widths = list(config.block_out_channels), list(block_out_channels)
     group = min(widths) // config.norm_num_groups
     layers, sizes = {}, {}

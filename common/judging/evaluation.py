@@ -9,31 +9,17 @@ from pathlib import Path
 
 import torch
 
-from common import arguments, metrics, shapes
-from common.arguments import UsageError
-from common.data import load_dataset_from_args, sample_generator
-from common.data_formats import DataError
-from common.image_sets import real_dataset, real_shapes, sharded
-from common.models import decode_latents
-from common.results import load_judges
+from common import shapes
+from common.conditioning import decode_latents
+from common.data import load_dataset_from_args
+from common.errors import DataError, UsageError
+from common.judging import metrics
+from common.judging.image_sets import real_dataset, real_shapes, sharded
+from common.judging.results import load_judges
+from common.randomness import sample_generator
 
 BATCH = 16  # images per forward
 METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1}  # what decides the best; 1: higher
-
-
-def add_evaluation_arguments(parser):
-    group = parser.add_argument_group("evaluation during training")
-    add = group.add_argument
-    add("--eval_steps", type=arguments.positive_int, help="judge the averaged student every so many steps, and keep "
-        "the best one in best/ (default: never)")  # fmt: skip
-    add("--eval_data_dir", help="held-out images with captions, in any format of --data_dir (default with shapes: "
-        "held-out renders)")  # fmt: skip
-    add("--num_eval_images", type=arguments.positive_int, default=200, help="captions to judge by")
-    add("--eval_inference_steps", type=arguments.positive_int, default=25, help="DDIM steps per image")
-    add("--clip_model", help="CLIP for CLIP score and Fréchet distance (default with shapes: tiny-clip, else none)")
-    add("--inception_path", help="torch-fidelity's Inception weights, for FID (default: no FID)")
-    add("--lpips_trunk_path", help="VGG-16 weights, for LPIPS to the teacher at the same seeds (default: no LPIPS)")
-    return group
 
 
 class Evaluation:
@@ -51,8 +37,13 @@ class Evaluation:
         if args.eval_data_dir is None:
             self.captions, real = shapes.held_out_captions(self.count), real_shapes(self.count)
         else:
-            held_out = {"data_dir": args.eval_data_dir, "dataset_name": None, "max_train_samples": self.count,
-                        "center_crop": True, "random_flip": False}  # fmt: skip
+            held_out = {
+                "data_dir": args.eval_data_dir,
+                "dataset_name": None,
+                "max_train_samples": self.count,
+                "center_crop": True,
+                "random_flip": False,
+            }
             try:
                 dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **held_out}))
             except DataError as error:
@@ -63,13 +54,10 @@ class Evaluation:
         if not accelerator.is_main_process:
             return
         self.clip, self.reader = load_judges(args.clip_model, None, self.captions, accelerator.device)
-        try:
-            if args.inception_path:
-                self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
-            if args.lpips_trunk_path:
-                self.lpips = metrics.load_lpips(args.lpips_trunk_path).to(accelerator.device)
-        except (ValueError, OSError) as error:
-            raise UsageError(f"--eval_steps: {error}") from None
+        if args.inception_path:
+            self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
+        if args.lpips_trunk_path:
+            self.lpips = metrics.load_lpips(args.lpips_trunk_path).to(accelerator.device)
         batches = [range(start, min(start + BATCH, self.count)) for start in range(0, self.count, BATCH)]
         for name, features in self._networks():
             parts = [features(torch.stack([real.read(index) for index in batch])) for batch in batches]
@@ -89,10 +77,14 @@ class Evaluation:
 
         def generate(batch):
             latents = pipeline(
-                [self.captions[index] for index in batch], num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale, height=self.resolution, width=self.resolution,
-                generator=[sample_generator(self.seed, index, 0, stream=4) for index in batch],
-                output_type="latent").images  # fmt: skip
+                [self.captions[index] for index in batch],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=self.resolution,
+                width=self.resolution,
+                generator=[sample_generator(self.seed, index, 0, stream="evaluation") for index in batch],
+                output_type="latent",
+            ).images
             with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
                 pixels = decode_latents(pipeline.vae, latents)
             return {"pixels": ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()}
@@ -145,9 +137,12 @@ def check_evaluation(args):
         raise UsageError("--num_eval_images 1 is not enough: a Fréchet distance needs two images.")
     for name in ("inception_path", "lpips_trunk_path", "eval_data_dir"):
         path = getattr(args, name)
-        if path is not None and not Path(path).exists():
+        fetched = path == "download" and name != "eval_data_dir"
+        if path is not None and not fetched and not Path(path).exists():
             raise UsageError(f"--{name} {path}: there is no such file.")
-    if args.eval_data_dir and not (args.clip_model or args.inception_path or args.lpips_trunk_path):
+    shapes_clip = args.clip_model is None and args.eval_data_dir is None  # tiny-clip judges by default
+    clip = shapes_clip or args.clip_model not in (None, "none")
+    if not (clip or args.inception_path or args.lpips_trunk_path):
         raise UsageError("--eval_steps has no judge: give --clip_model, --inception_path or --lpips_trunk_path.")
 
 

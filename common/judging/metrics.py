@@ -20,6 +20,9 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from common import shapes
+from common.conditioning import decode_latents
+from common.errors import UsageError, first_line
+from common.randomness import sample_generator
 from common.shapes import ATTRIBUTES, SECOND_OBJECT
 
 BATCH = 64  # images or captions per forward
@@ -299,26 +302,30 @@ def shapes_real_features(clip_judge, count=2000):
     return torch.cat(parts)
 
 
+LPIPS_CROP = 32  # latents per side that decoded_lpips decodes: 256 pixels; a whole image would need too much memory
+
+
 def load_inception(path=None):
     """The Inception-v3 of FID: a frozen module, uint8 images (B, 3, H, W) to features (B, 2048), by torchmetrics.
 
-    `path`: torch-fidelity's weights as .safetensors or .pth (tensors only); None downloads them.
-    Raises ValueError, naming the path, where the file doesn't hold them, and OSError where the download fails.
+    `path`: torch-fidelity's weights as .safetensors or .pth (tensors only), or "download".
+    Raises UsageError, naming the flag, where the file doesn't hold them or the download fails.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    if path is None:
-        weights = torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", weights_only=True)
     try:
-        if path is not None:
+        if path == "download":
+            weights = torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", weights_only=True)
+        else:
             weights = read_tensors(path)
         held = io.BytesIO()  # torch-fidelity would unpickle whatever the file holds: it gets only what was read here
         torch.save(dict(weights), held)
         held.seek(0)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], held)
-    except Exception as error:  # whatever a file can have wrong
-        raise ValueError(f"--inception_path {path} does not hold torch-fidelity's Inception weights.") from error
+    except Exception as error:  # whatever a file or the network can have wrong
+        said = f"can't be fetched ({first_line(error)}): give a file" if path == "download" else "does not hold them"
+        raise UsageError(f"--inception_path {path}: torch-fidelity's Inception weights: it {said}.") from error
     return network.eval().requires_grad_(False)
 
 
@@ -378,23 +385,41 @@ def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
     return row
 
 
-def load_lpips(trunk_path=None):
+def load_lpips(trunk_path):
     """LPIPS (Zhang et al., 2018) with the VGG-16 trunk: a frozen module, pixels (B, 3, H, W) twice to (B, 1, 1, 1).
 
     The lpips package carries its linear heads but not the trunk: it is read from `trunk_path`, torchvision's VGG-16
-    weights as .safetensors or .pth (tensors only), or else downloaded by torchvision.
-    Raises ValueError, naming the path, where the file doesn't hold them.
+    weights as .safetensors or .pth (tensors only), or with "download" fetched by torchvision.
+    Raises UsageError, naming the flag, where the file doesn't hold them or the download fails.
     """
     import lpips
 
-    network = lpips.LPIPS(net="vgg", pnet_rand=trunk_path is not None, verbose=False)
-    if trunk_path is not None:
-        trunk = network.net
-        try:
-            weights = read_tensors(trunk_path)
-            for part in (trunk.slice1, trunk.slice2, trunk.slice3, trunk.slice4, trunk.slice5):
-                for index, layer in part.named_children():  # lpips keeps torchvision's layer numbers as names
-                    layer.load_state_dict({name: weights[f"features.{index}.{name}"] for name in layer.state_dict()})
-        except Exception as error:
-            raise ValueError(f"--lpips_trunk_path {trunk_path} does not hold torchvision's VGG-16 weights.") from error
+    download = trunk_path == "download"
+    try:
+        network = lpips.LPIPS(net="vgg", pnet_rand=not download, verbose=False)
+        trunk, weights = network.net, {} if download else read_tensors(trunk_path)
+        for part in () if download else (trunk.slice1, trunk.slice2, trunk.slice3, trunk.slice4, trunk.slice5):
+            for index, layer in part.named_children():  # lpips keeps torchvision's layer numbers as names
+                layer.load_state_dict({name: weights[f"features.{index}.{name}"] for name in layer.state_dict()})
+    except Exception as error:  # whatever a file or the network can have wrong
+        said = f"can't be fetched ({first_line(error)}): give a file" if download else "does not hold them"
+        raise UsageError(f"--lpips_trunk_path {trunk_path}: torchvision's VGG-16 weights: it {said}.") from error
     return network.eval().requires_grad_(False)
+
+
+def decoded_lpips(network, vae, seed, step, positions, x0, target):
+    """LPIPS (B,) of two clean latents (B, C, H, W), decoded; of larger ones a random crop, the same of both.
+
+    A crop is drawn from its sample's own generator by global position, so it is the same on any rank and on resume.
+    """
+    height, width = (min(LPIPS_CROP, size) for size in x0.shape[-2:])
+    crops, target_crops = [], []
+    for position, z, z_target in zip(positions, x0, target):
+        generator = sample_generator(seed, step, position, stream="crop")
+        y = torch.randint(z.shape[-2] - height + 1, (), generator=generator).item()
+        x = torch.randint(z.shape[-1] - width + 1, (), generator=generator).item()
+        crops.append(z[:, y : y + height, x : x + width])
+        target_crops.append(z_target[:, y : y + height, x : x + width])
+    with torch.no_grad():
+        target_pixels = decode_latents(vae, torch.stack(target_crops))
+    return network(decode_latents(vae, torch.stack(crops)), target_pixels).flatten()

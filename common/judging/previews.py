@@ -1,17 +1,14 @@
-"""Validation: sample grids during training, and what an output carries: distillation.json and a model card."""
+"""Previews: what the student draws while it trains, as labelled grids."""
 
 import itertools
-import json
-import shlex
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.models import decode_latents
+from common.conditioning import decode_latents
+from common.contract import STEPS
 
 
 @torch.no_grad()
@@ -42,6 +39,28 @@ def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_sc
             return rows
     finally:
         pipeline.scheduler = own_scheduler
+
+
+def preview(run, pipeline, scheduler, contract):
+    """samples/step-N.png and the trackers' picture of --validation_prompts, sampled as the contract says.
+
+    By the main process. The pipeline holds the weights that are to be shown, mostly within `ema.applied(parameters)`.
+    """
+    args = run.args
+    if run.accelerator.is_main_process:
+        with run.accelerator.autocast():
+            rows = sample_images(
+                pipeline,
+                args.validation_prompts,
+                scheduler,
+                contract["steps"] or STEPS,
+                contract["guidance_scale"],
+                args.resolution,
+                args.seed,
+                args.num_validation_images,
+            )
+        log_images(run.accelerator, run.folder, rows, args.validation_prompts, run.step)
+    run.accelerator.wait_for_everyone()
 
 
 def image_grid(rows, row_labels=None, column_labels=None, min_side=96):
@@ -93,41 +112,3 @@ def log_images(accelerator, folder, rows, prompts, step):
             import wandb
 
             tracker.log({"validation": wandb.Image(grid)}, step=step)
-
-
-def write_distillation(folder, **contract):
-    """distillation.json: method, parent, steps, timesteps, guidance, guidance_scale, target. See README."""
-    (Path(folder) / "distillation.json").write_text(json.dumps(contract, indent=2) + "\n")
-
-
-def write_model_card(folder, title, base_model, usage, notes, lora=False):
-    """README.md of an output: base model, method, command line, versions, numbers. `notes`: dict of name to value."""
-    packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
-    lines = [
-        "---",
-        f"base_model: {base_model}",
-        "library_name: diffusers",
-        "pipeline_tag: text-to-image",
-        "tags: [diffusers, text-to-image, distillation" + (", lora]" if lora else "]"),
-        "---",
-        "",
-        f"# {title}",
-        "",
-        "```python",
-        usage.strip(),
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in notes.items()),
-        "",
-        "Made by:",
-        "",
-        "```",
-        shlex.join(["accelerate", "launch", *sys.argv]),
-        "```",
-        "",
-        "with " + ", ".join(f"{name} {version(name)}" for name in packages) + ".",
-        "",
-    ]
-    (Path(folder) / "README.md").write_text("\n".join(lines))

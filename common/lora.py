@@ -1,0 +1,135 @@
+"""LoRAs: adapters on a UNet, saved with their alpha, loaded back, merged."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
+
+from common.errors import UsageError, first_line
+from common.pipelines import load_unet, with_guidance_input
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def settle_lora(args):
+    """The defaults of --lora_alpha and --lora_targets; refuses them where no LoRA is trained."""
+    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
+        raise UsageError("--lora_alpha and --lora_targets are about a LoRA: add --lora_rank or leave them out.")
+    args.lora_alpha = args.lora_alpha or 32.0
+    args.lora_targets = args.lora_targets or ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def add_lora(unet, args):
+    """Add the adapters of --lora_rank, --lora_alpha and --lora_targets to a frozen UNet, trainable, in fp32.
+
+    Raises UsageError where a target is no layer of the UNet, or one that can't be adapted.
+    """
+    names = [name for name, _ in unet.named_modules()]
+    for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UsageError(f"--lora_targets {target}: the UNet has no layer of that name.")
+    try:
+        unet.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets))
+    except ValueError as error:
+        raise UsageError(f"--lora_targets: {first_line(error)}.") from None
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def student_unet(args, pipeline, embedded=False):
+    """The UNet that is trained, now the pipeline's: with --lora_rank the teacher's own, given adapters; else a copy.
+
+    The copy is in fp32, from the weights as they are stored: the teacher's may be rounded. embedded: it takes its
+    guidance scale as an input.
+    """
+    teacher = pipeline.unet
+    if args.lora_rank:
+        add_lora(teacher, args)
+        return teacher
+    unet = with_guidance_input(load_unet(args)) if embedded else load_unet(args)
+    pipeline.unet = unet.to(teacher.device).requires_grad_(True)
+    return unet
+
+
+@contextlib.contextmanager
+def without_adapters(unet):
+    """Within the context a UNet with adapters is the one that it was; one without them is left alone."""
+    adapted = bool(getattr(unet, "peft_config", None))
+    if adapted:
+        unet.disable_adapters()
+    try:
+        yield
+    finally:
+        if adapted:
+            unet.enable_adapters()  # and on they stay, through the backward
+
+
+def trainable(module):
+    """{name: parameter} of what is trained of a module."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def save_lora(folder, pipeline):
+    """The adapter of the pipeline's UNet as stock diffusers loads it: all of its tensors, and its alpha.
+
+    The keys stay peft's. Converted ones come in two styles, of which the loader reads the first one's alone; and
+    without the adapter's metadata it would forget alpha, and scale by 1.
+    """
+    unet = pipeline.unet
+    type(pipeline).save_lora_weights(
+        folder,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+
+
+def merge_lora(pipeline, path):
+    """The LoRA at `path` in the weights of the pipeline's UNet, as if they had been trained so."""
+    pipeline.load_lora_weights(path, use_safetensors=True)
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+
+
+def check_lora_path(path, flag="--lora_path"):
+    """Whether the LoRA is one of ours (a folder with distillation.json); UsageError where there is no LoRA."""
+    where, folder = f"{flag} {path}", Path(path)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")) or folder.name.startswith("checkpoint-"):
+            finals = [str(f) for f in (folder / "final", folder.parent / "final") if f.is_dir()]
+            hint = f" (did you mean {finals[0]}?)" if finals else ""
+            raise UsageError(f"{where}: the folder holds no LoRA to load{hint}.")
+        if not (folder / "distillation.json").is_file():
+            return False
+        for name in (WEIGHTS, "scheduler/scheduler_config.json"):
+            if not (folder / name).is_file():
+                raise UsageError(f"{where}: {name} is missing beside distillation.json.")
+        return True
+    if folder.is_file():
+        if folder.suffix != ".safetensors":
+            raise UsageError(f"{where}: only .safetensors files are loaded.")
+    elif not is_hub_id(path):
+        raise UsageError(f"{where}: there is no such file or folder, and it is not a hub id (owner/name) either.")
+    return False
+
+
+def is_hub_id(path):
+    """Whether it reads as owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) is not None
+
+
+def load_lora(pipeline, path, scale=1.0, fuse=False, flag="--lora_path"):
+    """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
+    try:
+        pipeline.load_lora_weights(path, adapter_name="student", use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UsageError(f"{flag} {path}: it does not load on this pipeline ({first_line(error)}).") from None
+    config = getattr(pipeline.unet, "peft_config", {}).get("student")
+    if config is None:
+        raise UsageError(f"{flag} {path}: it has no weights for this pipeline's UNet.")
+    print(f"LoRA: rank {config.r}, alpha {config.lora_alpha:g}, --lora_scale {scale:g}.", flush=True)
+    pipeline.set_adapters(["student"], [scale])
+    if fuse:
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()

@@ -1,0 +1,88 @@
+"""Optimization: AdamW, the learning rate of a step, and an update that is clipped and then taken, or skipped.
+
+An update whose gradient is not finite is skipped and counted, with its average: one broken batch, or one overflow of
+fp16, costs one update and no weights. `Run.count` ends a run that skips too many in a row.
+"""
+
+import math
+from functools import partial
+
+import torch
+
+
+def learning_rate_at(step, args):
+    """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing.
+
+    one_cycle is torch's OneCycleLR (its defaults: cosine, 30 % rise, from 1/25, to 1/250000), momentum left alone.
+    """
+    if args.lr_scheduler == "one_cycle":
+        last, peak = args.max_train_steps - 1, (args.lr_warmup_steps or 0.3 * args.max_train_steps) - 1
+        if step < peak:
+            low, done = args.learning_rate / 25, 1 - step / peak
+        else:
+            low, done = args.learning_rate / 250000, (step - peak) / max(last - peak, 1)
+        return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
+    if step < args.lr_warmup_steps:
+        return args.learning_rate * (step + 1) / args.lr_warmup_steps
+    done = (step - args.lr_warmup_steps) / max(args.max_train_steps - args.lr_warmup_steps, 1)
+    if args.lr_scheduler == "linear":
+        return args.learning_rate * (1 - done)
+    if args.lr_scheduler == "cosine":
+        return args.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return args.learning_rate
+
+
+def set_learning_rate(optimizer, learning_rate):
+    """Set it for the next update, and return it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
+def adamw(parameters, args, learning_rate=None):
+    """AdamW, or with --use_8bit_adam bitsandbytes' AdamW8bit, of {name: parameter}."""
+    optimizer_class = partial(torch.optim.AdamW, fused=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as optimizer_class
+    return optimizer_class(
+        parameters.values(),
+        lr=learning_rate or args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def clip(run, optimizer, parameters, name="student"):
+    """After the last micro-batch: clip the gradients of {name: parameter} to --max_grad_norm; before it, nothing.
+
+    The norm is in run.norms, as grad_norm (of the student) or <name>_grad_norm. Raises RuntimeError where a parameter
+    got no gradient: it would never learn.
+    """
+    if not run.accelerator.sync_gradients:
+        return
+    without = [key for key, p in parameters.items() if p.grad is None]
+    if without:
+        raise RuntimeError(f"{len(without)} trainable parameters got no gradient, such as {without[0]}")
+    if getattr(optimizer, "scaler", None) is not None:
+        run.accelerator.unscale_gradients(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), run.args.max_grad_norm)
+    run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"] = norm
+
+
+def update(run, optimizer, parameters, ema=None, name="student"):
+    """After the last micro-batch: take the update, and average {name: parameter}, or neither; before it, nothing.
+
+    Skipped where the norm that `clip` found is not finite. It is the norm of all processes' gradients, so that all
+    decide alike.
+    """
+    if not run.accelerator.sync_gradients:
+        return
+    finite = bool(run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"].isfinite())
+    if finite or getattr(optimizer, "scaler", None) is not None:  # a scaler skips itself, and lowers its scale
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    in_all, in_a_row = run.state["skipped"].get(name, (0, 0))
+    run.state["skipped"][name] = [in_all + (not finite), 0 if finite else in_a_row + 1]
+    if finite and ema is not None:
+        ema.step(parameters)

@@ -1,0 +1,204 @@
+"""Pipelines: read one from its config files alone, load and freeze it, and compare two.
+
+UNet pipelines of Stable Diffusion 1.x and 2.x (one text encoder) and of SDXL (two, with a pooled embedding and time
+ids), from a folder or a hub id; safetensors only.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from common.conditioning import is_sdxl
+from common.diffusion import NoiseSchedule
+from common.errors import ModelError, first_line
+
+PIPELINES = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+
+
+class _OnceFilter(logging.Filter):
+    """Lets the pipelines' warning about a truncated caption pass once, not for every batch of a run."""
+
+    said = False
+
+    def filter(self, record):
+        truncated = "truncated because CLIP" in record.getMessage()
+        said, self.said = self.said, self.said or truncated
+        return not (truncated and said)
+
+
+for _pipeline_class in PIPELINES.values():
+    logging.getLogger(_pipeline_class.__module__).addFilter(_OnceFilter())
+
+
+def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_path"):
+    """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
+
+    The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
+    `flag`, where there is no pipeline of a known class or its scheduler has no NoiseSchedule: before gigabytes are
+    loaded.
+    """
+    where = f"{flag} {path}"
+    folder = Path(path)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
+    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
+        raise ModelError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
+    try:
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        name = index["_class_name"]
+        if name not in PIPELINES:
+            raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(PIPELINES)}.")
+        unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+        vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+        scheduler_class = getattr(diffusers, index["scheduler"][-1])
+    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{where}: its config files can't be read ({first_line(error)})") from None
+    try:
+        NoiseSchedule(scheduler_class.from_pretrained(path, subfolder="scheduler", revision=revision))
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        # No file; an unknown prediction type or betas; a scheduler that needs scipy, say; one without a schedule.
+        raise ModelError(f"{where}: {first_line(error)}.") from None
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return PIPELINES[name], unet["sample_size"] * factor, factor
+
+
+def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
+    """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
+
+    Raises ModelError (one sentence naming `flag`) where there is no such pipeline.
+    """
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag)
+    extras = {}
+    if pipeline_class is StableDiffusionPipeline:
+        extras = {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            path, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **extras
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{flag} {path}: the pipeline does not load ({first_line(error)})") from None
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_frozen(args, run):
+    """The pipeline of --pretrained_model_name_or_path, frozen, in the run's compute dtype, on its device."""
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, run.dtype, args.revision, args.variant)
+    keep_vae_right(pipeline)
+    return pipeline.to(run.device)
+
+
+def keep_vae_right(pipeline):
+    """SDXL's VAE overflows in half precision: in fp16 it stays in fp32."""
+    if is_sdxl(pipeline) and pipeline.vae.dtype == torch.float16:
+        pipeline.vae.to(dtype=torch.float32)
+
+
+def load_unet(args):
+    """A UNet of --pretrained_model_name_or_path to be trained: in fp32, from the weights as they are stored."""
+    return UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path,
+        subfolder="unet",
+        revision=args.revision,
+        variant=args.variant,
+        dtype=torch.float32,
+        use_safetensors=True,
+    )
+
+
+def set_up(module, args, *more):
+    """Gradient checkpointing and compilation of a network that is trained, as the flags say; `more` is compiled too.
+
+    In place, so that parameter names stay those of the plain module.
+    """
+    if args.gradient_checkpointing:
+        module.enable_gradient_checkpointing()
+    if args.torch_compile:
+        for network in {module, *more}:
+            network.compile()
+
+
+def latent_shape(pipeline, resolution):
+    """(C, H, W) of the latents of square images."""
+    side = resolution // pipeline.vae_scale_factor
+    return pipeline.unet.config.in_channels, side, side
+
+
+def check_compatible(path, flag, teacher_path, teacher_revision=None):
+    """Raise ModelError unless the student pipeline at `path` (of `flag`) has the teacher's latents and text width.
+
+    From config files alone.
+    """
+    kinds = []
+    for where, revision, name in (
+        (path, None, flag),
+        (teacher_path, teacher_revision, "--pretrained_model_name_or_path"),
+    ):
+        pipeline_class, _, factor = read_pipeline_config(where, revision, name)
+        unet = UNet2DConditionModel.load_config(where, subfolder="unet", revision=revision)
+        vae = AutoencoderKL.load_config(where, subfolder="vae", revision=revision)
+        kinds.append(
+            {
+                "pipeline class": pipeline_class.__name__,
+                "VAE factor": factor,
+                "latent channels": vae.get("latent_channels"),
+                "latents' scale": vae.get("scaling_factor"),
+                "latents' shift": vae.get("shift_factor"),
+                "UNet's input channels": unet["in_channels"],
+                "UNet's output channels": unet["out_channels"],
+                "text width": unet.get("encoder_hid_dim") or unet["cross_attention_dim"],
+            }
+        )
+    for what, value in kinds[0].items():
+        if value != kinds[1][what]:
+            raise ModelError(f"{flag} {path}: its {what}, {value}, is not the teacher's, {kinds[1][what]}.")
+
+
+def check_same_inputs(student, teacher, name):
+    """Raise ModelError, of `name`, unless a pipeline has the other's noise schedule, prediction and text encoders."""
+    ours, theirs = (NoiseSchedule(pipeline.scheduler) for pipeline in (student, teacher))
+    every = torch.arange(theirs.num_train_timesteps)
+    if ours.prediction_type != theirs.prediction_type or not torch.equal(ours.alpha(every), theirs.alpha(every)):
+        raise ModelError(f"{name}: its noise schedule or prediction type is not the teacher's.")
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(teacher, part, None)
+        if encoder and not same_weights(getattr(student, part).to(encoder.device, encoder.dtype), encoder):
+            raise ModelError(f"{name}: its {part} is not the teacher's, which reads the captions of both.")
+
+
+def same_weights(a, b):
+    """Whether two modules have the same parameters and buffers, bit for bit."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def with_guidance_input(unet, embedding_dim=256):
+    """A copy of a UNet that takes the guidance scale as an input (Meng et al. 2023): `timestep_cond` of `predict`.
+
+    The new layer, cond_proj, is zero, so the copy says what the UNet says whatever the scale. A UNet that has the
+    input already is returned as it is.
+    """
+    if unet.config.time_cond_proj_dim is not None:
+        return unet
+    copy = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": embedding_dim})
+    missing, unexpected = copy.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    copy.time_embedding.cond_proj.weight.zero_()  # torch's own initialisation is random
+    return copy.to(unet.device, unet.dtype).requires_grad_(False).eval()

@@ -1,0 +1,24 @@
+"""Randomness: everything random derives from (seed, optimizer step, index in the global batch) and a named stream.
+
+So resume restores nothing, and processes, workers and micro-batches change nothing.
+"""
+
+import numpy as np
+import torch
+
+STREAMS = {  # independent uses of one sample; a number, once used, is never given to another
+    "noise": 0,  # what training draws: noise, timesteps, scales
+    "augmentation": 1,  # crop, flip, which caption
+    "order": 2,  # of the data, by epoch
+    "crop": 3,  # of --loss lpips
+    "evaluation": 4,  # the noise that evaluation during training starts from
+    "perturbation": 5,  # of features, for R1 by finite differences
+    "discriminator": 6,  # the noise that a discriminator looks through
+}
+
+
+def sample_generator(seed, step, index, stream="noise"):
+    """CPU generator of one sample: (seed, optimizer step, index in the GLOBAL batch), whatever the rank."""
+    number = STREAMS[stream]
+    state = np.random.SeedSequence([seed, step, index] + [number] * (number != 0)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))

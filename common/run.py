@@ -1,0 +1,365 @@
+"""A run: its processes, folder, identity and count of steps. What every training script does alike around its loop.
+
+A script calls, in this order: `settle` (every refusal that files and flags allow, before anything loads), `open_run`,
+`run.register` once its models stand, and in the loop `run.batches`, `run.add`, clip and step (common/optimization.py),
+`run.count` and `run.save`. Nothing here calls back into a script.
+"""
+
+import math
+import os
+import secrets
+import signal
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from tqdm.auto import tqdm
+
+from common import checkpoint as checkpoints
+from common.contract import TINY_SD
+from common.errors import CheckpointError, UsageError, UserError
+from common.hooks import register_checkpoint_hooks
+
+STOPPED = 75  # exit status of a run that a signal ended and that can be resumed (sysexits' EX_TEMPFAIL: try again)
+
+# Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
+# What decides the global batch is compared as one number.
+FREE_ON_RESUME = {
+    "output_dir",
+    "run_name",
+    "overwrite_output_dir",
+    "max_train_steps",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "validation_prompts",
+    "validation_steps",
+    "num_validation_images",
+    "report_to",
+    "export",
+    "gradient_checkpointing",
+    "torch_compile",
+    "allow_tf32",
+    "eval_steps",
+    "teacher_cpu_offload",
+    "max_skipped_updates",
+    "ddp_timeout",
+}
+
+
+def resume_identity(args):
+    """The arguments that a continuation must share with its run. tiny-sd is the same wherever the checkout lies."""
+    shared = {name: value for name, value in sorted(vars(args).items()) if name not in FREE_ON_RESUME}
+    return {name: "assets/tiny-sd" if value == str(TINY_SD) else value for name, value in shared.items()}
+
+
+# Opening
+
+
+def open_run(args, subfolder=None, follows_length=()):
+    """The Run of these arguments: processes joined, folder made, checkpoint found, the same on every process.
+
+    subfolder: of the run's folder, where the script writes into one. follows_length: flags beside --lr_scheduler whose
+    effect follows the length of the run, named in a warning where a resumed run has another one. Raises UsageError
+    and CheckpointError, on every process alike.
+    """
+    folder = Path(args.output_dir) / (args.run_name or "") / (subfolder or "")
+    timeout = timedelta(seconds=args.ddp_timeout)
+    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
+    accelerator = Accelerator(
+        cpu=no_gpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UsageError(
+            "this script runs under DDP only: its averages and checkpoints need whole weights on every "
+            "GPU; launch it with accelerate_configs/multi_gpu.yaml."
+        )
+    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    identity = {**resume_identity(args), "mixed_precision": accelerator.mixed_precision}
+
+    def decide():
+        checkpoint = checkpoints.find_checkpoint(folder, args.resume_from_checkpoint)
+        checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir)
+        if checkpoint:
+            checkpoints.check_same_run(checkpoint, identity, global_batch_size)
+        checkpoints.make_folder(folder, checkpoint)
+        return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}
+
+    checkpoint, saved = on_main_process(accelerator, decide)
+    check_shared(accelerator, folder, checkpoint)
+    if args.resume_from_checkpoint:
+        accelerator.print(
+            f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {folder}: a fresh start."
+        )
+    step, planned = saved.get("step", 0), saved.get("max_train_steps", args.max_train_steps)
+    changing = [f"--lr_scheduler {args.lr_scheduler}"] * (args.lr_scheduler != "constant") + [*follows_length]
+    if changing and planned != args.max_train_steps:
+        accelerator.print(
+            f"warning: {', '.join(changing)} was planned for {planned} steps and now ends at {args.max_train_steps}: "
+            f"from step {step} on everything is that of the new length."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
+    set_seed(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
+    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, saved.get("state", {}))
+
+
+def on_main_process(accelerator, decide):
+    """What `decide()` returns on the main process, on every process; a UserError of it is raised on every process."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except UserError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def check_shared(accelerator, folder, checkpoint):
+    """CheckpointError on every process where one doesn't see the run's folder, made by the main one, or checkpoint."""
+    if accelerator.num_processes == 1:
+        return
+    mark = broadcast_object_list([folder.absolute() / f".{secrets.token_hex(8)}.tmp"])[0]
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    sees = mark.is_file() and (checkpoint is None or (Path(checkpoint) / checkpoints.STATE).is_file())
+    blind = [rank for rank, seen in enumerate(gather_object([sees])) if not seen]
+    if accelerator.is_main_process:
+        mark.unlink()
+    if blind:
+        raise CheckpointError(
+            f"--output_dir: process {blind[0]} does not see {checkpoint or folder} of process 0: "
+            "all machines must share the folder."
+        )
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT so that a run can save before it ends; a second SIGINT interrupts at once.
+
+    A run whose launcher has died is told so too: `accelerate launch` passes no signal on before it ends.
+    """
+
+    def __init__(self, timeout=None):
+        self.received, self._group = None, None
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        self._launcher = os.getppid() if launched else None
+        if timeout is not None:  # processes agree over the CPU, so that no one waits for a GPU
+            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def requested(self):
+        """Whether ANY process was told to stop: all get the same answer, so that they save the same step together."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        flag = torch.tensor(int(orphaned or self.received is not None))
+        if self._group is not None:
+            torch.distributed.all_reduce(flag, group=self._group)
+        return bool(flag)
+
+
+class Stopped(SystemExit):
+    """Ends a run that a signal has stopped, after its last complete step was saved: exit status STOPPED."""
+
+    def __init__(self):
+        super().__init__(STOPPED)
+
+
+# The run
+
+
+@dataclass
+class Run:
+    """One run of a training script. `state` is JSON that goes into every checkpoint and comes back on resume."""
+
+    args: object
+    accelerator: Accelerator
+    folder: Path
+    checkpoint: Path | None  # that the run resumes from
+    identity: dict  # the arguments that a continuation must share
+    global_batch_size: int
+    stop: StopSignal
+    step: int  # optimizer steps done
+    state: dict
+    trained: dict = field(default_factory=dict)  # name to {name: parameter}
+    averages: dict = field(default_factory=dict)  # name to EMA
+    norms: dict = field(default_factory=dict)  # name to the last gradient norm; see common/optimization.py
+    terms: dict = field(default_factory=dict)  # what `add` was given in this step
+    logs: dict = field(default_factory=dict)  # what the last `count` reported
+    bar: object = None
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+    @property
+    def dtype(self):
+        """The compute dtype, of what is frozen."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def register(self, trained, averages):
+        """Say what checkpoints hold, load the one that the run resumes from, start trackers and bar.
+
+        trained: {name: {name: parameter}}; averages: {name: EMA} of those that have one.
+        """
+        self.trained, self.averages = trained, averages
+        self.state.setdefault("skipped", {})  # name to [updates skipped in all, in a row]
+        register_checkpoint_hooks(self.accelerator, trained, averages)
+        if self.checkpoint:
+            checkpoints.load_checkpoint(self.accelerator, self.checkpoint)
+            for name, ema in averages.items():
+                ema.updates = self.state["averaged"][name]
+        if self.accelerator.log_with:
+            config = {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in vars(self.args).items()
+            }
+            self.accelerator.init_trackers("logs", config)
+        self.bar = tqdm(
+            total=self.args.max_train_steps,
+            initial=self.step,
+            desc="steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def batches(self, loader, updates=1):
+        """The micro-batches of one optimizer step, of a loader that goes on from step to step.
+
+        A signal ends the run here, between two of them, where the last complete step is saved; with several `updates`
+        of one step only before the first is made.
+        """
+        for number in range(self.args.gradient_accumulation_steps * updates):
+            if number < self.args.gradient_accumulation_steps:
+                self._stop_if_told()
+            yield next(loader)
+
+    def _stop_if_told(self):
+        if not self.stop.requested():
+            return
+        self.accelerator.print(f"Stopping after step {self.step}.")
+        if self.step:
+            self.save(now=True)
+        self.accelerator.print(f"Stopped by a signal after step {self.step}; --resume_from_checkpoint latest goes on.")
+        self.accelerator.end_training()
+        raise Stopped
+
+    def add(self, **terms):
+        """Add scalars of a micro-batch to what `count` reports: their means over micro-batches and processes."""
+        for name, value in terms.items():
+            share = torch.as_tensor(value).detach().float() / self.args.gradient_accumulation_steps
+            self.terms[name] = self.terms.get(name, 0) + share
+
+    def count(self, shown=("loss", "grad_norm"), **more):
+        """Count an optimizer step; log what was added, gradient norms, skipped updates and `more`. One device sync.
+
+        shown: names beside the bar. Raises UsageError, after a checkpoint, where too many updates in a row were
+        skipped.
+        """
+        self.step += 1
+        self.bar.update()
+        values = [torch.as_tensor(value, device=self.device).float() for value in self.terms.values()]
+        names, norms = list(self.terms), list(self.norms.values())
+        reduced = self.accelerator.reduce(torch.stack(values), reduction="mean")
+        found = torch.cat([reduced, torch.stack(norms)]) if norms else reduced
+        self.logs = dict(zip([*names, *self.norms], found.tolist()))
+        self.logs["skipped"] = sum(count for count, _ in self.state["skipped"].values())
+        self.bar.set_postfix({name: f"{self.logs[name]:.4g}" for name in shown})
+        self.accelerator.log({**self.logs, **more}, step=self.step)
+        self.terms = {}
+        for name, (_, in_a_row) in self.state["skipped"].items():
+            if in_a_row >= self.args.max_skipped_updates:
+                self.save(now=True)
+                raise UsageError(
+                    f"{in_a_row} updates of the {name} in a row had no finite gradient, up to step "
+                    f"{self.step}; checkpoint-{self.step} keeps what came before them. Start again in "
+                    "another --run_name, with a lower learning rate or with bf16 instead of fp16; or, "
+                    "where the data of these steps are broken, resume."
+                )
+
+    def validates(self):
+        """Whether this step is one after which samples are drawn."""
+        return bool(self.args.validation_prompts) and self.step % self.args.validation_steps == 0
+
+    def save(self, now=False):
+        """Write checkpoint-<step> where one is due: every --checkpointing_steps, after the last step, or `now`.
+
+        Old ones make room only for one whose last update was taken. Raises UsageError rather than write weights that
+        are not finite, or call a run done whose last loss was not.
+        """
+        last = self.step == self.args.max_train_steps
+        if not (now or last or self.step % self.args.checkpointing_steps == 0):
+            return
+        for name, tensors in [*self.trained.items(), *((name, ema.shadow) for name, ema in self.averages.items())]:
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                raise UsageError(
+                    f"the weights of the {name} are no longer finite at step {self.step}, which is not "
+                    "saved; older checkpoints stay. Start from one of them, or again, with a lower "
+                    "learning rate."
+                )
+        self.state["averaged"] = {name: ema.updates for name, ema in self.averages.items()}
+        healthy = all(in_a_row == 0 for _, in_a_row in self.state["skipped"].values())
+        checkpoints.save_checkpoint(
+            self.accelerator,
+            self.folder,
+            self.step,
+            self.identity,
+            self.global_batch_size,
+            self.args.max_train_steps,
+            self.state,
+            self.args.checkpoints_total_limit if healthy else None,
+        )
+        if last:
+            self.check_finite()
+
+    def check_finite(self):
+        """UsageError where the last loss was not finite: what is trained is then no output."""
+        if not math.isfinite(self.logs.get("loss", 0.0)):
+            raise UsageError(
+                f"the loss of step {self.step} is not finite, so no output is written; checkpoints stay. "
+                "Start again with a lower learning rate, or with bf16 instead of fp16."
+            )
+
+    def end(self, *said):
+        """Close the bar and the trackers, once everything is written."""
+        self.bar.close()
+        self.accelerator.print(f"Done: {self.folder / 'final'}", *said)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def run_script(main, args):
+    """Run main(args); a user's mistake becomes one sentence on stderr and exit status 2."""
+    try:
+        main(args)
+    except UserError as error:
+        said = str(error)
+    except OSError as error:  # a disk that is full, a file that is gone
+        if error.errno is None:
+            raise
+        said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    else:
+        return
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
+    print(f"error: {said}{where}", file=sys.stderr, flush=True)
+    sys.exit(2)

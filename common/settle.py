@@ -1,0 +1,83 @@
+"""Settling the arguments: fill in what shared flags leave open, refuse what can't work, before anything loads."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import parse_flag_from_env
+
+from common.contract import TINY_SD, comes_from_tiny_sd
+from common.errors import UsageError
+from common.lora import settle_lora
+from common.pipelines import read_pipeline_config
+
+
+def settle(args):
+    """Settle what the shared flags leave open (model, data, resolution, LoRA); refuse what can't work.
+
+    From flags and config files alone. Raises UsageError and ModelError.
+    """
+    check_hardware(args)
+    check_tracker(args)
+    if hasattr(args, "lora_rank"):
+        settle_lora(args)
+    if getattr(args, "timestep_probs", None) and len(args.timestep_probs) != args.num_inference_steps:
+        raise UsageError(
+            f"--timestep_probs has {len(args.timestep_probs)} numbers; the student has "
+            f"--num_inference_steps {args.num_inference_steps}."
+        )
+    for name in ("lpips_trunk_path", "inception_path"):
+        file = getattr(args, name, None)
+        if file not in (None, "download") and not Path(file).is_file():
+            raise UsageError(f"--{name} {file}: there is no such file ('download' fetches the weights).")
+    use_embedded_default(args)
+    path = Path(args.pretrained_model_name_or_path)
+    if path.is_dir():  # what is written names it, and is read from elsewhere
+        args.pretrained_model_name_or_path = str(path.absolute())
+    _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
+    args.resolution = args.resolution or native_resolution
+    if args.resolution % factor:
+        raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
+
+
+def check_hardware(args):
+    """UsageError where a flag needs a CUDA GPU and there is none."""
+    # What `accelerate launch` was told reaches a script through the environment.
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if args.use_8bit_adam and not cuda:
+        raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
+    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision == "fp16" and not cuda:
+        raise UsageError("--mixed_precision fp16, here or at accelerate launch, needs a CUDA GPU: use bf16 or no.")
+
+
+def check_tracker(args):
+    """UsageError where --report_to names a tracker that isn't installed: accelerate would find out much later."""
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    if args.report_to not in ("none", "all", *available):
+        raise UsageError(
+            f"--report_to {args.report_to}: not installed; there is {', '.join(available)}, all and none."
+        )
+
+
+def use_embedded_default(args):
+    """With no model and no data: tiny-sd and shapes, said in one line. With a foreign model alone: UsageError."""
+    no_data, said = args.data_dir is None and args.dataset_name is None, None
+    if args.pretrained_model_name_or_path is None:
+        args.pretrained_model_name_or_path = str(TINY_SD)
+        if no_data:
+            args.dataset_name = "shapes"
+            said = "No model and no data given: using the embedded assets/tiny-sd and rendered shapes."
+        elif args.dataset_name != "shapes":
+            said = f"No --pretrained_model_name_or_path: the teacher is the embedded {TINY_SD.name}."
+    elif no_data and comes_from_tiny_sd(args.pretrained_model_name_or_path):
+        args.dataset_name = "shapes"
+        said = "No data given, and the model was made from tiny-sd: using rendered shapes."
+    elif no_data:
+        raise UsageError(
+            "--pretrained_model_name_or_path is given but no data: add --data_dir or --dataset_name "
+            "(--dataset_name shapes asks for rendered shapes)."
+        )
+    if said and int(os.environ.get("RANK", 0)) == 0:
+        print(said, flush=True)
