@@ -34,8 +34,7 @@ from huggingface_hub import snapshot_download
 from PIL import ImageOps
 
 from common import arguments, shapes
-from common.conditioning import is_sdxl
-from common.contract import TINY_SD, comes_from_tiny_sd, read_distillation, resolve_parent, sampling_guidance
+from common.contract import TINY_SD, comes_from_tiny_sd, pipeline_source, read_distillation, sampling_guidance
 from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging import metrics, results
@@ -52,8 +51,9 @@ from common.judging.image_sets import (
 from common.judging.previews import image_grid
 from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
 from common.lora import check_lora_path, is_hub_id, load_lora
-from common.pipelines import load_pipeline, read_pipeline_config
+from common.pipelines import keep_vae_right, load_pipeline, read_pipeline_config
 from common.randomness import sample_generator
+from common.run import run_script
 from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
 
 GRID_IMAGES = 8
@@ -86,6 +86,8 @@ def parse_args(argv=None):
     add("--reference", help="what the others are compared with (default: the first of --models)")
     add("--reference_steps", type=arguments.positive_int, help="its steps (default: the most that it takes anyway)")
     add("--pretrained_model_name_or_path", help="pipeline that LoRAs go on (default: the one each was made from)")
+    add("--revision", help="revision of hub ids (default: of a LoRA's pipeline, as recorded)")
+    add("--variant", help="file variant of the pipelines, such as fp16 (default: of a LoRA's, as recorded)")
     add("--fuse_lora", action="store_true", help="merge LoRAs into the weights: faster, equal up to rounding")
     add = parser.add_argument_group("captions and real images").add_argument
     add("--prompts_file", help="captions: a text file with one a line, or captions.json")
@@ -143,7 +145,7 @@ class Model:
     path: str
     kind: str  # "pipeline", "lora" or "images"
     resolution: int
-    pipeline: str | None = None  # what is loaded
+    pipeline: dict | None = None  # source of what is loaded
     contract: dict = field(default_factory=dict)  # distillation.json
     steps: list = field(default_factory=list)
     guidance_scale: float | None = None
@@ -226,8 +228,8 @@ def plan_model(path, args):
                 "--lora_path takes it."
             )
         contract = read_distillation(path)
-        pipeline = args.pretrained_model_name_or_path or resolve_parent(contract, path)
-        return plan_sampling(Model(path, "lora", native_size(pipeline, args), pipeline, contract), args)
+        source = pipeline_source(args, contract, path)
+        return plan_sampling(Model(path, "lora", native_size(source, args), source, contract), args)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         files = image_files(folder)
         if not files:
@@ -239,14 +241,17 @@ def plan_model(path, args):
         return Model(path, "images", args.resolution or min(open_image(files[0]).size), files=files)
     if not folder.exists() and not is_hub_id(path):
         raise UsageError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
-    return plan_sampling(Model(path, "pipeline", native_size(path, args), path, read_distillation(path)), args)
+    source = {"path": path, "revision": args.revision, "variant": args.variant}
+    return plan_sampling(Model(path, "pipeline", native_size(source, args), source, read_distillation(path)), args)
 
 
-def native_size(pipeline, args):
+def native_size(source, args):
     """Pixels per side that a pipeline is sampled at."""
-    _, size, factor = read_pipeline_config(pipeline, flag="--models")
+    _, size, factor = read_pipeline_config(source["path"], source["revision"], flag="--models")
     if (args.resolution or size) % factor:
-        raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the factor of {pipeline}.")
+        raise UsageError(
+            f"--resolution {args.resolution} is not a multiple of {factor}, the factor of {source['path']}."
+        )
     return args.resolution or size
 
 
@@ -317,9 +322,8 @@ def load_judges(args, captions, accelerator):
 
 def load_model(model, args, device):
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    pipeline = load_pipeline(model.pipeline, dtype, flag="--models")
-    if is_sdxl(pipeline) and dtype == torch.float16:
-        pipeline.vae.to(dtype=torch.float32)  # SDXL's VAE overflows in half precision
+    pipeline = load_pipeline(dtype=dtype, flag="--models", **model.pipeline)
+    keep_vae_right(pipeline)
     if model.kind == "lora":
         pipeline.scheduler = saved_scheduler(model.path)
         load_lora(pipeline, model.path, fuse=args.fuse_lora, flag="--models")
@@ -331,14 +335,16 @@ def sizes_of(model, pipeline):
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     text = counts["text_encoder"] + counts.get("text_encoder_2", 0)
-    folder = Path(model.pipeline)
+    folder, variant = Path(model.pipeline["path"]), model.pipeline["variant"]
     if not folder.is_dir():
-        folder = Path(snapshot_download(model.pipeline, local_files_only=True))
+        revision = model.pipeline["revision"]
+        folder = Path(snapshot_download(model.pipeline["path"], revision=revision, local_files_only=True))
+    weights = rf"(diffusion_pytorch_)?model(\.{re.escape(variant)})?" if variant else "(diffusion_pytorch_)?model"
     files = [
         file
         for name in parts
         for file in (folder / name).glob("*.safetensors")
-        if re.fullmatch(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors", file.name)
+        if re.fullmatch(rf"{weights}(-\d+-of-\d+)?\.safetensors", file.name)
     ]
     if model.kind == "lora":
         files.append(Path(model.path) / "pytorch_lora_weights.safetensors")
@@ -581,5 +587,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    arguments.run_script(main, args)
+    run_script(main, parse_args())

@@ -11,7 +11,7 @@ those saved with the weights (scheduler/ and distillation.json); for an outside 
 
 A configuration is a model at a step count: the student at each of --steps, and with --compare_baseline the teacher at
 --baseline_steps and, undistilled, at each of --steps (trailing DDIM both). Image j of prompt i starts from the same
-noise in every configuration. In --outdir:
+noise in every configuration. In --output_dir:
 
     images/<configuration>/<i>_<prompt>_<j>.png
     grid_steps.png         prompts (the first 8) down, the student's step counts across
@@ -32,20 +32,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from common import arguments, shapes
-from common.conditioning import is_sdxl
-from common.contract import TINY_SD, comes_from_tiny_sd, read_distillation, resolve_parent, sampling_guidance
+from common.contract import comes_from_tiny_sd, parent_source, pipeline_source, read_distillation, sampling_guidance
 from common.errors import UsageError
 from common.judging import metrics, results
 from common.judging.previews import image_grid
 from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
 from common.lora import check_lora_path, load_lora
-from common.pipelines import load_pipeline, read_pipeline_config
+from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config
 from common.randomness import sample_generator
+from common.run import run_script
 from common.schedulers import ddim_scheduler, list_timesteps, saved_scheduler, scheduler_for, student_scheduler
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -62,9 +61,10 @@ def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add(
-        "--pretrained_model_name_or_path",
-        help="pipeline: folder or hub id (default: what the LoRA was made from, else tiny-sd)",
+        "--pretrained_model_name_or_path", help="pipeline: folder or hub id (default: the LoRA's parent, else tiny-sd)"
     )
+    add("--revision", help="revision of the hub id (default: of the LoRA's parent, as recorded)")
+    add("--variant", help="file variant of the pipeline, such as fp16 (default: of the LoRA's parent, as recorded)")
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
     add("--lora_scale", type=float, default=1.0, help="strength of the LoRA; its alpha comes with its file")
     add("--fuse_lora", action="store_true", help="merge the LoRA into the weights: faster, equal up to rounding")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
     add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
     add = parser.add_argument_group("output").add_argument
-    add("--outdir", default="outputs/inference", help="where images, grids and results go")
+    add("--output_dir", "--outdir", default="outputs/inference", help="where images, grids and results go")
     add("--save_images", type=int, help="images saved per configuration (default: all up to 200, else the first 64)")
     add = parser.add_argument_group("runtime").add_argument
     add("--device", help="default: cuda where there is one, else cpu")
@@ -126,8 +126,8 @@ def check_arguments(args):
         raise UsageError("--fuse_lora and --lora_scale are about a LoRA: add --lora_path or leave them out.")
     if args.resolution and args.resolution % 8:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of 8.")
-    if Path(args.outdir).exists() and not Path(args.outdir).is_dir():
-        raise UsageError(f"--outdir {args.outdir} is a file, not a folder.")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UsageError(f"--output_dir {args.output_dir} is a file, not a folder.")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = args.device.partition(":")[0]
     if kind not in ("cpu", "cuda", "mps") or not (kind == "cpu" or getattr(torch, kind).is_available()):
@@ -144,8 +144,8 @@ def check_arguments(args):
 class Plan:
     """What is sampled, decided from the flags and the distillation.json files alone, before any model loads."""
 
-    model: str  # the student's pipeline (with a LoRA: the one that it goes on)
-    teacher: str  # the baseline's pipeline
+    model: dict  # source of the student's pipeline (with a LoRA: of the one that it goes on)
+    teacher: dict  # source of the baseline's pipeline
     contract: dict  # distillation.json of the student; {} where there is none
     scheduler_from: str  # "lora", "pipeline" or "flag"
     steps: list
@@ -168,12 +168,11 @@ def make_plan(args):
     lora = args.lora_path
     ours = lora is not None and check_lora_path(lora)
     contract = read_distillation(lora) if ours else {}
-    model = args.pretrained_model_name_or_path or (resolve_parent(contract, lora) if ours else str(TINY_SD))
+    model = teacher = pipeline_source(args, contract, lora)
     if lora is None:
-        contract = read_distillation(model)
-    teacher = model
-    if lora is None and contract.get("parent"):
-        teacher = resolve_parent(contract, model) if args.compare_baseline else contract["parent"]
+        contract = read_distillation(model["path"])
+        if contract.get("parent") and args.compare_baseline:
+            teacher = parent_source(contract, model["path"])
     distilled = bool(contract.get("steps"))
     if distilled and args.scheduler:
         raise UsageError(f"--scheduler {args.scheduler}: these weights came with theirs; leave the flag out.")
@@ -189,13 +188,13 @@ def make_plan(args):
 
     guidance_scale, why = sampling_guidance(contract, args.guidance_scale, "--guidance_scale", bool(lora) and not ours)
     given, flag = args.baseline_guidance_scale, "--baseline_guidance_scale"
-    teacher_scale, _ = sampling_guidance(read_distillation(teacher), given, flag)
+    teacher_scale, _ = sampling_guidance(read_distillation(teacher["path"]), given, flag)
     if args.negative_prompt and max(guidance_scale, teacher_scale if args.compare_baseline else 0) <= 1:
         raise UsageError("--negative_prompt has no effect on weights that run without guidance: leave it out.")
     named = SCHEDULERS[args.scheduler or "lcm"] + (", from --scheduler" if args.scheduler else ", the default")
-    source = {"lora": f"saved with {lora}", "pipeline": f"saved with {model}", "flag": named}
-    if ours and Path(model).name != Path(str(contract.get("parent"))).name:
-        print(f"Note: the LoRA was made from {contract.get('parent')} and is used on {model}.")
+    source = {"lora": f"saved with {lora}", "pipeline": f"saved with {model['path']}", "flag": named}
+    if ours and Path(model["path"]).name != Path(str(contract.get("parent"))).name:
+        print(f"Note: the LoRA was made from {contract.get('parent')} and is used on {model['path']}.")
     print(f"Scheduler: {source[scheduler_from]}.\nGuidance: {why}.", flush=True)
     return Plan(model, teacher, contract, scheduler_from, steps, guidance_scale, teacher_scale)
 
@@ -209,7 +208,7 @@ def read_prompts(args, plan):
         if len(prompts) < args.held_out_captions:
             raise UsageError(f"--held_out_captions {args.held_out_captions}: there are {len(prompts)}.")
     else:
-        default = "shapes20.txt" if comes_from_tiny_sd(plan.model) else "coco20.txt"
+        default = "shapes20.txt" if comes_from_tiny_sd(plan.model["path"]) else "coco20.txt"
         return read_prompts_file(args.prompts_file or PROMPTS / default)
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
@@ -217,17 +216,13 @@ def read_prompts(args, plan):
     return prompts
 
 
-def load_model(path, args, lora=None):
+def load_model(source, args, lora=None):
     """The pipeline, image-to-image where asked, with the LoRA if any, on the device in the asked precision."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
-    pipeline = load_pipeline(path, dtype)
-    xl = is_sdxl(pipeline)
+    pipeline = load_pipeline(dtype=dtype, **source)
     if args.init_image:
-        kind = StableDiffusionXLImg2ImgPipeline if xl else StableDiffusionImg2ImgPipeline
-        pipeline = kind.from_pipe(pipeline, dtype=dtype)
-        pipeline.set_progress_bar_config(disable=True)
-    if xl and dtype == torch.float16:
-        pipeline.vae.to(dtype=torch.float32)  # SDXL's VAE overflows in half precision
+        pipeline = image_to_image(pipeline)
+    keep_vae_right(pipeline)
     if lora:
         load_lora(pipeline, lora, args.lora_scale, args.fuse_lora)
     if args.attention_slicing:
@@ -256,7 +251,7 @@ def student_configurations(args, plan, pipeline):
         if plan.scheduler_from == "flag":
             scheduler = student_scheduler(saved, "next" if args.scheduler == "ddim" else "x0", steps)
             if args.scheduler == "lcm50":
-                scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=50)
+                scheduler = type(scheduler).from_config(scheduler.config, original_inference_steps=50)
         timesteps = list_timesteps(scheduler, steps)
         note = "" if trained in (None, steps) else f" (trained for {trained} steps: {plan.contract.get('timesteps')})"
         shown = timesteps if len(timesteps) <= 16 else f"{timesteps[:3]} ... {timesteps[-1]}"
@@ -315,7 +310,7 @@ def generate(pipeline, configuration, prompts, init_image, args):
     if cuda:
         torch.cuda.reset_peak_memory_stats(args.device)
     limit = (len(jobs) if len(jobs) <= 200 else 64) if args.save_images is None else args.save_images
-    folder = Path(args.outdir) / "images" / slug(configuration.name)
+    folder = Path(args.output_dir) / "images" / slug(configuration.name)
     seconds = {"seconds_per_image": [], "seconds_per_image_without_decode": []}
     made = {"images": [], "files": [], "seconds": seconds}
     with tqdm(total=len(jobs), desc=configuration.name, unit="image") as bar:
@@ -329,7 +324,7 @@ def generate(pipeline, configuration, prompts, init_image, args):
                     file = folder / f"{i:04d}_{slug(prompts[i])[:40]}_{j}.png"
                     folder.mkdir(parents=True, exist_ok=True)
                     image.save(file)
-                    made["files"].append(str(file.relative_to(args.outdir)))
+                    made["files"].append(str(file.relative_to(args.output_dir)))
             made["images"] += images
             bar.update(len(batch))
     if cuda:
@@ -346,9 +341,11 @@ def report_of(args, plan, runs):
     """results.json: the settings, and every configuration with its rows, timesteps and files."""
     return {
         **results.circumstances(args.device),
-        "model": plan.model,
+        "model": plan.model["path"],
+        "revision": plan.model["revision"],
+        "variant": plan.model["variant"],
         "lora": args.lora_path,
-        "teacher": plan.teacher,
+        "teacher": plan.teacher["path"],
         "dtype": args.dtype,
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -380,7 +377,7 @@ def write_grids(args, runs, prompts):
         if chosen:
             pictures = [list(row) for row in zip(*(made["shown"] for _, _, made in chosen))]
             labels = [f"{c.role} {c.steps}" for c, _, _ in chosen]
-            image_grid(pictures, prompts[:GRID_PROMPTS], labels).save(Path(args.outdir) / name)
+            image_grid(pictures, prompts[:GRID_PROMPTS], labels).save(Path(args.output_dir) / name)
 
 
 def main(args):
@@ -393,9 +390,9 @@ def main(args):
             init_image = Image.open(args.init_image).convert("RGB")
         except OSError:
             raise UsageError(f"--init_image {args.init_image}: there is no image that can be read.") from None
-    args.resolution = args.resolution or read_pipeline_config(plan.model)[1]
+    args.resolution = args.resolution or read_pipeline_config(plan.model["path"], plan.model["revision"])[1]
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
-    results.make_outdir(args.outdir)
+    results.make_outdir(args.output_dir)
     clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
     real = None  # held-out captions are compared with the pictures that were drawn for them
@@ -426,14 +423,16 @@ def main(args):
                 (runs if configuration.role == "student" else teachers).append((configuration, rows, made))
                 finished = teachers + runs
                 results.add_ratios([rows for _, rows, _ in finished])
-                results.write_results(args.outdir, [rows for _, rows, _ in finished], report_of(args, plan, finished))
+                results.write_results(
+                    args.output_dir, [rows for _, rows, _ in finished], report_of(args, plan, finished)
+                )
             runs = teachers + runs
             del pipeline
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     except KeyboardInterrupt:
-        print(f"\nInterrupted: {args.outdir} holds what was finished.", file=sys.stderr, flush=True)
+        print(f"\nInterrupted: {args.output_dir} holds what was finished.", file=sys.stderr, flush=True)
         sys.exit(130)
     except torch.OutOfMemoryError:  # CUDA's
         raise UsageError(
@@ -442,9 +441,8 @@ def main(args):
         ) from None
     write_grids(args, runs, prompts)
     results.print_table([rows for _, rows, _ in runs])
-    print(f"Images, grids, results.csv and results.json are in {args.outdir}.", flush=True)
+    print(f"Images, grids, results.csv and results.json are in {args.output_dir}.", flush=True)
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    arguments.run_script(main, args)
+    run_script(main, parse_args())

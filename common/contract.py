@@ -47,19 +47,18 @@ def write_distillation(folder, **contract):
     (Path(folder) / CONTRACT).write_text(json.dumps(contract, indent=2) + "\n")
 
 
-def read_teacher(args, guidance=("cfg", "baked"), few_steps=False):
+def read_teacher(args, guidance=("cfg", "baked"), few_steps=False, hint=""):
     """The contract of --pretrained_model_name_or_path as a teacher, its guidance_scale the one to train with.
 
-    guidance: the kinds that the script can use; few_steps: whether it keeps to a few-step teacher's own timesteps. The
-    scale is --guidance_scale where the script has the flag and it is given, else what was saved, else 7.5; 1 where
-    guidance is baked in. From files alone. Raises UsageError.
+    guidance: the kinds that the script can use; few_steps: whether it keeps to a few-step teacher's own timesteps, and
+    hint: what else is said of one where it does not. The scale is --guidance_scale where the script has the flag and
+    it is given, else what was saved, else 7.5; 1 where guidance is baked in. From files alone. Raises UsageError.
     """
     path = args.pretrained_model_name_or_path
     where, contract = f"--pretrained_model_name_or_path {path}", read_distillation(path)
     contract = {"steps": None, "timesteps": None, "target": None, **contract}
     given = getattr(args, "guidance_scale", None)
-    unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=args.revision)
-    if unet.get("time_cond_proj_dim") is not None:  # also of one from elsewhere, which has no distillation.json
+    if takes_guidance(path, args.revision):
         contract["guidance"] = "embedded"
     kind = contract["guidance"]
     if kind not in guidance:
@@ -69,13 +68,19 @@ def read_teacher(args, guidance=("cfg", "baked"), few_steps=False):
     if contract["timesteps"] and not few_steps:
         raise UsageError(
             f"{where}: it is for {len(contract['timesteps'])} steps, at timesteps of its own, and knows "
-            "no others: start from the model it was made of."
+            f"no others: start from the model it was made of{hint}."
         )
     if kind == "baked" and given not in (None, 1):
         raise UsageError(f"--guidance_scale {given:g}: {_ALREADY[kind]}: leave the flag out.")
     if kind == "baked":
         return {**contract, "guidance_scale": 1.0}
     return contract if given is None else {**contract, "guidance_scale": given}
+
+
+def takes_guidance(path, revision=None):
+    """Whether a pipeline's UNet has its guidance scale as an input, whoever made it. From config files alone."""
+    unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    return unet.get("time_cond_proj_dim") is not None
 
 
 def comes_from_tiny_sd(path):
@@ -91,14 +96,27 @@ def is_tiny_sd(path):
     return Path(path).parts[-2:] == TINY_SD.parts[-2:]
 
 
-def resolve_parent(contract, path):
-    """The pipeline that a student was made from: as recorded, or the embedded tiny-sd of this checkout."""
+def pipeline_source(args, contract=None, of=None):
+    """{"path", "revision", "variant"}, for load_pipeline, of the pipeline that an output of `contract` goes with.
+
+    By --pretrained_model_name_or_path, --revision and --variant where they are given, else what the contract of the
+    folder `of` recorded, else the embedded tiny-sd. Raises UsageError where what was recorded is not here.
+    """
+    if args.pretrained_model_name_or_path or not contract:
+        path = args.pretrained_model_name_or_path or str(TINY_SD)
+        return {"path": path, "revision": args.revision, "variant": args.variant}
+    parent = parent_source(contract, of)
+    return {**parent, **{name: getattr(args, name) for name in ("revision", "variant") if getattr(args, name)}}
+
+
+def parent_source(contract, of):
+    """The source of the pipeline that the output in folder `of` was made from; tiny-sd is this checkout's."""
     parent = str(contract.get("parent"))
     if not Path(parent).exists() and is_tiny_sd(parent):
-        return str(TINY_SD)
+        parent = str(TINY_SD)
     if not Path(parent).exists() and (Path(parent).is_absolute() or parent.count("/") != 1):
-        raise UsageError(f"{path} was made from {parent}, which is not here: give --pretrained_model_name_or_path.")
-    return parent
+        raise UsageError(f"{of} was made from {parent}, which is not here: give --pretrained_model_name_or_path.")
+    return {"path": parent, "revision": contract.get("revision"), "variant": contract.get("variant")}
 
 
 def sampling_guidance(contract, given, flag, outside=False):

@@ -321,11 +321,14 @@ def end_workers():
         worker.kill()
 
 
-def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None):
-    """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch."""
+def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None, updates=1):
+    """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch.
+
+    updates: batches of one step, each of which counts as a step of the data.
+    """
     if args.dataloader_num_workers:
         atexit.register(end_workers)
-    steps = start_step, args.max_train_steps
+    steps, cycle_steps = (start_step * updates, args.max_train_steps * updates), (cycle_steps or 0) * updates
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
     sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, cycle_steps)
     return torch.utils.data.DataLoader(

@@ -108,6 +108,17 @@ def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps):
     return (((start + 1) + (end - start) * fractions).round().long() - 1).to(timesteps.device)
 
 
+def phase_grid(edges, num_ddim_steps):
+    """A teacher's steps, as three long tensors (M,): from which timestep, to which, and the end of their phase.
+
+    edges: long (P + 1,), the first timestep of each phase, which is where the one before ends, and -1. Every phase has
+    as many steps, M in all: num_ddim_steps, or as near below it as P allows.
+    """
+    count = num_ddim_steps // (len(edges) - 1)
+    grid = teacher_timesteps(edges[:-1], edges[1:], count)
+    return grid[:-1].T.flatten(), grid[1:].T.flatten(), edges[1:].repeat_interleave(count)
+
+
 def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps):
     """K DDIM steps of `predict(z, t) -> model output`, batched over samples that start at different timesteps.
 
@@ -121,3 +132,25 @@ def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps)
         moved = schedule.ddim_step(predict(z, at), z, at, after)
         z = torch.where((after < now).view(-1, 1, 1, 1), moved, z)
     return z
+
+
+def boundary_scalings(timesteps):
+    """c_skip and c_out of timesteps (B,), shaped (B, 1, 1, 1): LCMScheduler's, 1 and 0 at the clean end.
+
+    c_skip = d^2 / ((s t)^2 + d^2), c_out = s t / sqrt((s t)^2 + d^2), with d = 0.5 and s = 10.
+    """
+    scaled = 10 * timesteps.clamp(min=0).float().view(-1, 1, 1, 1)
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25).sqrt()
+
+
+def consistency_function(output, z, timesteps, schedule, edges=None):
+    """f(z, t), (B, C, H, W): where the path through z at timesteps (B,) ends, by the model output there. In fp32.
+
+    Without `edges` it ends at the clean latents, f = c_skip(t) z + c_out(t) x0 (LCM, arXiv:2310.04378); with them, at
+    the timesteps `edges` (B,), f = DDIM_1(z : t -> e) (PCM, arXiv:2405.18407). At its end a path has arrived: f is z
+    whatever the output.
+    """
+    if edges is None:
+        c_skip, c_out = boundary_scalings(timesteps)
+        return c_skip * z + c_out * schedule.to_x0(output, z, timesteps)
+    return torch.where((timesteps > edges).view(-1, 1, 1, 1), schedule.ddim_step(output, z, timesteps, edges), z)

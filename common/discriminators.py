@@ -5,13 +5,17 @@ them to what they look at: that is how the student learns.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn.functional import interpolate
 from transformers import AutoConfig, Dinov2Model
 
-from common.conditioning import predict
+from common.conditioning import decode_latents, predict
+from common.diffusion import NoiseSchedule
 from common.errors import ModelError
 from common.hooks import FeatureTap
 
@@ -20,6 +24,8 @@ R1_SIGMA = 0.01  # of the noise that R1 by finite differences adds to the featur
 
 class UNetFeatures:
     """What the encoder half of a frozen UNet, down blocks and mid block, makes of noisy latents and captions."""
+
+    width = 0  # of an image embedding: it gives none
 
     def __init__(self, unet):
         self.unet = unet
@@ -99,6 +105,39 @@ class Dinov2Features:
         return maps, output.last_hidden_state[:, 0].float()
 
 
+@dataclass
+class Sight:
+    """What looks at clean latents for the heads: a frozen network, and what brings latents before it."""
+
+    network: UNetFeatures | Dinov2Features
+    schedule: NoiseSchedule
+    vae: AutoencoderKL
+    accelerator: Accelerator
+
+    def look(self, x, noise, timesteps, conditioning):
+        """(features, CLS embedding or None) of clean latents x (B, C, H, W): re-noised to timesteps (B,), or decoded.
+
+        Real latents are decoded as the student's are, so that the VAE's traces tell nothing.
+        """
+        if isinstance(self.network, UNetFeatures):
+            with self.accelerator.autocast():
+                return self.network(self.schedule.add_noise(x, noise, timesteps), timesteps, conditioning), None
+        pixels = decode_latents(self.vae, x)  # SDXL's VAE, in fp32, must stay so
+        with self.accelerator.autocast():
+            return self.network(pixels)
+
+
+def make_sight(args, run, pipeline, schedule):
+    """The Sight of --discriminator: with the UNet that the pipeline now holds, or with DINOv2."""
+    if args.discriminator == "unet":
+        network = UNetFeatures(pipeline.unet)
+    else:
+        network = Dinov2Features(args.feature_model_name_or_path, args.feature_resolution, run.device, run.dtype)
+    if args.gradient_checkpointing:  # the student's gradient also runs through what is looked with
+        (pipeline.unet if args.discriminator == "unet" else pipeline.vae).enable_gradient_checkpointing()
+    return Sight(network, schedule, pipeline.vae, run.accelerator)
+
+
 class ProjectionHead(nn.Module):
     """Scores (B, H W) of features (B, C, H, W) and a condition (B, D), at every place (Miyato, arXiv:1802.05637).
 
@@ -135,6 +174,11 @@ class Heads(nn.Module):
             return [head(x, condition) for head, x in zip(self.heads, features, strict=True)]
 
 
+def make_heads(sight, unconditional):
+    """The Heads of what the sight sees, conditioned on captions (of which one is given) and on its image embedding."""
+    return Heads(sight.network.channels, text_condition(unconditional).shape[1] + sight.network.width)
+
+
 def text_condition(conditioning):
     """(B, D) of a caption: its pooled embedding where there is one (SDXL), else the mean of its tokens' embeddings."""
     pooled = conditioning.pooled_prompt_embeds
@@ -157,6 +201,48 @@ def swapped_captions(captions, device):
     neighbours = torch.arange(len(captions), device=device) ^ 1
     differ = [captions[i] != captions[i ^ 1] for i in range(len(captions))]
     return neighbours, torch.tensor(differ, device=device)
+
+
+@dataclass
+class Seen:
+    """What the heads see of a micro-batch: features, lists of (B, C, H, W), and conditions (B, D)."""
+
+    real: list
+    fake: list  # with its gradient, where the student has one
+    condition: torch.Tensor
+    mismatched: list | None = None  # real, under the captions of neighbours
+    other_condition: torch.Tensor | None = None
+    differ: torch.Tensor | None = None  # (B,): where the two captions are not the same
+
+
+def see(sight, timesteps, fake_noise, real_noise, real, fake, conditioning, pure, captions=None):
+    """What is Seen of real and fake clean latents (B, C, H, W), re-noised to timesteps (B,) by noise of their own.
+
+    pure (B,): where the student started from pure noise. With captions, a list, real latents are also seen under the
+    caption of a neighbour. Only fake ones keep a gradient.
+    """
+    with torch.no_grad():
+        features, image_embedding = sight.look(real, real_noise, timesteps, conditioning)
+    with torch.set_grad_enabled(fake.requires_grad):
+        fake_features, _ = sight.look(fake, fake_noise, timesteps, conditioning)
+    seen = Seen(features, fake_features, head_condition(conditioning, image_embedding, pure))
+    if captions:
+        neighbours, seen.differ = swapped_captions(captions, real.device)
+        other = conditioning.rows(neighbours)
+        seen.other_condition = head_condition(other, image_embedding, pure)
+        seen.mismatched = features  # DINOv2 reads no captions; the UNet reads them itself
+        if isinstance(sight.network, UNetFeatures):
+            with torch.no_grad():
+                seen.mismatched, _ = sight.look(real, real_noise, timesteps, other)
+    return seen
+
+
+def scores_for_student(plain_heads, seen):
+    """D(x^), a list of (B, places), whose backward leaves the heads untouched: frozen, and not through DDP."""
+    plain_heads.requires_grad_(False)
+    scores = plain_heads(seen.fake, seen.condition)
+    plain_heads.requires_grad_(True)
+    return scores
 
 
 def r1_penalty(scores, features):

@@ -43,6 +43,13 @@ class EMA:
 
 
 @torch.no_grad()
+def follow(target, parameters, decay):
+    """target = decay target + (1 - decay) parameters, for dicts of the same names; without EMA's warm-up."""
+    for name, parameter in parameters.items():
+        target[name].lerp_(parameter, 1 - decay)
+
+
+@torch.no_grad()
 def copy_tensors(values, targets):
     """Copy a dict of tensors into another of the same names, in place. Raises KeyError where names differ."""
     if values.keys() != targets.keys():

@@ -13,7 +13,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -108,6 +110,14 @@ def keep_vae_right(pipeline):
     """SDXL's VAE overflows in half precision: in fp16 it stays in fp32."""
     if is_sdxl(pipeline) and pipeline.vae.dtype == torch.float16:
         pipeline.vae.to(dtype=torch.float32)
+
+
+def image_to_image(pipeline):
+    """The pipeline that starts from an image, of the same parts."""
+    kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
+    pipeline = kind.from_pipe(pipeline, dtype=pipeline.unet.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def load_unet(args):

@@ -9,10 +9,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from common.errors import UsageError
 
 
-def student_scheduler(scheduler, target, num_inference_steps):
+def student_scheduler(scheduler, target, num_inference_steps, grid=None):
     """The scheduler saved with a few-step student of `target` "x0" (predict, re-noise) or "next" (deterministic).
 
-    Trailing timesteps, no clipping (latents are not in [-1, 1]), ending at alpha = 1.
+    Trailing timesteps, no clipping (latents are not in [-1, 1]), ending at alpha = 1. grid: of "x0", how many evenly
+    spaced timesteps there are to take them from (default: every training timestep).
     """
     if target == "x0":
         # LCMScheduler ignores timestep_spacing: only with every training timestep as its original schedule do
@@ -21,7 +22,7 @@ def student_scheduler(scheduler, target, num_inference_steps):
             _schedule_config(scheduler),
             clip_sample=False,
             set_alpha_to_one=True,
-            original_inference_steps=scheduler.config.num_train_timesteps,
+            original_inference_steps=grid or scheduler.config.num_train_timesteps,
         )
     return ddim_scheduler(scheduler, num_inference_steps)
 
@@ -64,6 +65,13 @@ def student_timesteps(scheduler, num_inference_steps):
             f"{type(scheduler).__name__} gives {len(timesteps)} timesteps for {num_inference_steps} steps"
         )
     return timesteps
+
+
+def shorter_schedules(scheduler, num_inference_steps):
+    """The step counts up to N whose timesteps are among those of N: in them a re-noising student samples too."""
+    known = set(student_timesteps(scheduler, num_inference_steps))
+    counts = range(1, num_inference_steps + 1)
+    return [count for count in counts if known.issuperset(student_timesteps(scheduler, count))]
 
 
 def saved_scheduler(folder):

@@ -1,8 +1,13 @@
-"""Smaller CLIP text encoders: which layers, neurons, head dimensions and channels of a teacher a student keeps."""
+"""Smaller CLIP text encoders: what of a teacher a student keeps, what it says, and how a pipeline takes it in."""
 
+import contextlib
 import copy
 
 import torch
+
+from common.conditioning import Conditioning
+
+# What is kept
 
 
 def kept_layers(teacher_layers, layers, penultimate=False):
@@ -99,3 +104,78 @@ def fit_projection(hidden, teacher_hidden, ridge=1e-3):
     projection.weight.copy_(weight)
     projection.bias.copy_(y_mean - weight @ x_mean)
     return projection
+
+
+# What is said
+
+
+class TextStates(torch.nn.Module):
+    """input_ids (B, L) -> hidden states (B, L, D) as the UNet's cross-attention gets them, pooled output (B, P).
+
+    With `penultimate` (SDXL) the states before the last layer, as its pipeline takes them.
+    """
+
+    def __init__(self, encoder, penultimate=False, projection=None):
+        super().__init__()
+        self.encoder, self.penultimate, self.projection = encoder, penultimate, projection
+
+    def forward(self, input_ids):
+        output = self.encoder(input_ids, output_hidden_states=self.penultimate)
+        hidden = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+        pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
+        if self.projection is not None:  # an SD pipeline's pooled output is the states at the end of the text
+            hidden, pooled = self.projection(hidden), self.projection(pooled)
+        return hidden, pooled
+
+    def enable_gradient_checkpointing(self):
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def count(self):
+        """Parameters, the projection's included."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def tokenize(tokenizer, captions):
+    """Token ids (B, L), padded and truncated to the model's length as stock pipelines do."""
+    return tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def with_student(conditioning, hidden, pooled, name):
+    """The teacher's Conditioning with the states of encoder `name` replaced by the student's."""
+    embeds, width = conditioning.prompt_embeds, hidden.shape[-1]
+    hidden = hidden.to(embeds.dtype)
+    if conditioning.pooled_prompt_embeds is None:
+        return Conditioning(hidden)
+    if name == "text_encoder":  # the first half of SDXL's states; its pooled output is the second encoder's
+        embeds = torch.cat([hidden, embeds[..., width:]], dim=-1)
+        return Conditioning(embeds, conditioning.pooled_prompt_embeds, conditioning.time_ids)
+    embeds = torch.cat([embeds[..., :-width], hidden], dim=-1)
+    return Conditioning(embeds, pooled.to(embeds.dtype), conditioning.time_ids)
+
+
+# In a pipeline
+
+
+def set_projection(unet, projection):
+    """Make a projection of text states the UNet's own, as stock diffusers saves and applies it; None takes it out."""
+    unet.encoder_hid_proj = projection
+    size, kind = (None, None) if projection is None else (projection.in_features, "text_proj")
+    unet.register_to_config(encoder_hid_dim=size, encoder_hid_dim_type=kind)
+    return unet
+
+
+@contextlib.contextmanager
+def student_in_place(pipeline, name, student):
+    """Within the context `pipeline` is the student's: its encoder `name`, and where it is narrower its projection."""
+    teacher = getattr(pipeline, name)
+    setattr(pipeline, name, student.encoder)
+    if student.projection is not None:
+        set_projection(pipeline.unet, student.projection)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, teacher)
+        if student.projection is not None:
+            set_projection(pipeline.unet, None)

@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 teacher=stable-diffusion-v1-5/stable-diffusion-v1-5
 if [ "${SEED:-0}" = 1 ]; then
     student=outputs/sd15_65m
-    [ -d "$student" ] || python prepare_unet_small.py --pretrained_model_name_or_path $teacher --variant sd_tiny \
-        --block_out_channels 192 320 512 --output_dir "$student"
+    [ -d "$student" ] || python prepare_unet_small.py --pretrained_model_name_or_path $teacher \
+        --student_variant sd_tiny --block_out_channels 192 320 512 --output_dir "$student"
     accelerate launch --num_processes 1 train_student_kd.py --pretrained_model_name_or_path $teacher \
         --student_model "$student" --data_dir "${DATA:?}" --resolution 64 --random_flip --dataloader_num_workers 4 \
         --kd_alpha_start 1 --kd_alpha_end 0.5 --caption_dropout_start 0 --caption_dropout_end 0.1 \
@@ -21,8 +21,8 @@ if [ "${SEED:-0}" = 1 ]; then
         --output_dir checkpoints --run_name sd15_65m_kd --resume_from_checkpoint latest "$@"
 else
     student=outputs/sd15_${VARIANT:=sd_small}
-    [ -d "$student" ] || python prepare_unet_small.py --pretrained_model_name_or_path $teacher --variant "$VARIANT" \
-        --output_dir "$student"
+    [ -d "$student" ] || python prepare_unet_small.py --pretrained_model_name_or_path $teacher \
+        --student_variant "$VARIANT" --output_dir "$student"
     accelerate launch --num_processes 1 train_student_kd.py --pretrained_model_name_or_path $teacher \
         --student_model "$student" --data_dir "${DATA:?}" --random_flip --dataloader_num_workers 4 \
         --task_weight 1 --kd_weight 1 --feature_weight 1 --kd_alpha_end 1 --learning_rate 5e-5 --adam_weight_decay 0.01 \

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_pipeline, run_in_process
+from conftest import random_pipeline, read_json, run_in_process
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from launching import error_of
@@ -12,8 +12,10 @@ from launching import error_of
 import prepare_unet_small
 from common import shapes
 from common.compression import students
+from common.compression.manifest import read_manifest, write_manifest
 from common.conditioning import encode_prompts
 from common.contract import TINY_SD
+from common.errors import ModelError
 from common.pipelines import load_pipeline
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
@@ -188,22 +190,39 @@ def test_manifest_round_trip_and_refusals(tmp_path, tiny_sd):
 
 
 def test_the_script_writes_a_pipeline_that_stock_diffusers_loads(tmp_path, capsys):
-    run_in_process(prepare_unet_small, "--variant", "sd_tiny", "--width_ratio", "0.5", "--output_dir", tmp_path / "s")
+    run_in_process(
+        prepare_unet_small, "--student_variant", "sd_tiny", "--width_ratio", "0.5", "--output_dir", tmp_path / "s"
+    )
     assert "484,900" in capsys.readouterr().out
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s")
     images = pipeline("a small red ring on a white background", num_inference_steps=2, output_type="pt").images
     assert images.shape == (1, 3, 32, 32) and images.isfinite().all()
     manifest = read_manifest(tmp_path / "s")
     assert manifest["parent"] == str(TINY_SD) and manifest["parameters"]["student"] == 484900
-    contract = json.loads((tmp_path / "s" / "distillation.json").read_text())
-    assert (
-        contract["guidance"] == "cfg" and contract["guidance_scale"] > 1 and (tmp_path / "s" / "README.md").is_file()
-    )
+    assert manifest["variant"] == "sd_tiny"
+    contract = read_json(tmp_path / "s/distillation.json")
+    assert contract["guidance"] == "cfg" and contract["guidance_scale"] > 1
+    assert "| blocks | sd_tiny |" in (tmp_path / "s/README.md").read_text()
+
+
+def test_variant_is_of_the_files_and_the_old_spelling_is_understood(tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    random_pipeline("sd").to(dtype=torch.float16).save_pretrained(teacher, variant="fp16")
+    flags = ["--pretrained_model_name_or_path", teacher, "--block_out_channels", 8, 16]
+    run_in_process(prepare_unet_small, *flags, "--variant", "fp16", "--output_dir", tmp_path / "s")
+    contract = read_json(tmp_path / "s/distillation.json")
+    assert (contract["parent"], contract["variant"]) == (str(teacher), "fp16")
+    assert read_manifest(tmp_path / "s")["variant"] is None
+    capsys.readouterr()
+    run_in_process(prepare_unet_small, "--variant", "sd_small", "--output_dir", tmp_path / "old")
+    assert "--variant sd_small is taken as --student_variant sd_small" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "old")["variant"] == "sd_small"
+    assert read_json(tmp_path / "old/distillation.json")["variant"] is None
 
 
 def test_random_init_takes_nothing_over(tmp_path):
     for name, seed in (("a", []), ("b", ["--random_init", 0]), ("c", ["--random_init", 0])):
-        run_in_process(prepare_unet_small, "--variant", "sd_small", "--output_dir", tmp_path / name, *seed)
+        run_in_process(prepare_unet_small, "--student_variant", "sd_small", "--output_dir", tmp_path / name, *seed)
     own, drawn, again = (load_pipeline(tmp_path / name).unet.state_dict() for name in "abc")
     taken = [name for name, value in own.items() if value.dim() > 1 and torch.equal(value, drawn[name])]
     assert not taken and all(torch.equal(value, again[name]) for name, value in drawn.items())
@@ -214,14 +233,16 @@ def test_random_init_takes_nothing_over(tmp_path):
 
 MISTAKES = [
     ([], "nothing to do"),
+    (["--variant", "fp16"], "nothing to do"),
+    (["--variant", "sd_base", "--student_variant", "sd_tiny"], "--variant sd_base"),
     (["--width_ratio", "0.5", "--block_out_channels", "24", "48", "48"], "--width_ratio and --block_out_channels"),
     (["--width_ratio", "2"], "--width_ratio 2"),
     (["--width_ratio", "0.3"], "a width of 48 can become"),
     (["--block_out_channels", "24", "48"], "2 widths are given for 3 stages"),
     (["--block_out_channels", "24", "48", "96"], "stages of one width"),
-    (["--variant", "sd_base", "--output_dir", "{full}"], "--output_dir {full} is not empty"),
-    (["--variant", "sd_base", "--output_dir", "{full}", "--overwrite_output_dir"], "so it is not replaced"),
-    (["--variant", "sd_base", "--pretrained_model_name_or_path", "no/such/folder"], "no/such/folder"),
+    (["--student_variant", "sd_base", "--output_dir", "{full}"], "--output_dir {full} is not empty"),
+    (["--student_variant", "sd_base", "--output_dir", "{full}", "--overwrite_output_dir"], "so it is not replaced"),
+    (["--student_variant", "sd_base", "--pretrained_model_name_or_path", "no/such/folder"], "no/such/folder"),
 ]
 
 
@@ -238,5 +259,5 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, wrong, said):
 
 def test_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare_unet_small, "load_pipeline", None)  # no weights are loaded either
-    run_in_process(prepare_unet_small, "--variant", "sd_small", "--dry_run", "--output_dir", tmp_path / "s")
+    run_in_process(prepare_unet_small, "--student_variant", "sd_small", "--dry_run", "--output_dir", tmp_path / "s")
     assert "2,763,940 (56.0%)" in capsys.readouterr().out and not (tmp_path / "s").exists()

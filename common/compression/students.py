@@ -36,7 +36,7 @@ def save_untrained(folder, pipeline, manifest, parent, revision=None, variant=No
     folder = Path(folder).absolute()
     with FinalFolder(folder) as student:
         pipeline.save_pretrained(student)
-        write_manifest(student, {**manifest, **origin})
+        write_manifest(student, {**manifest, "parent": parent})  # whose variant is of the blocks, not of the files
         contract = {"steps": None, "timesteps": None, "target": None, **read_distillation(parent), **origin}
         write_distillation(student, **{**contract, "method": "prepare_unet_small"})
         counts = manifest["parameters"]
