@@ -20,52 +20,31 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop,
 <output_dir>/[<run_name>/]checkpoint-N/, a stage-<steps>/ after each stage and final/: whole pipelines, or LoRAs.
 """
 
-import argparse
-import json
-import os
-import shutil
-from functools import partial
-from pathlib import Path
-
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
-from diffusers import UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
-from tqdm.auto import tqdm
 
 from common import arguments
-from common.checkpoint import (
-    FinalFolder,
-    check_same_run,
-    find_checkpoint,
-    load_checkpoint,
-    make_folder,
-    refuse_other_run,
-    save_checkpoint,
-)
 from common.conditioning import (
     encode_empty_prompt,
     encode_images,
     encode_prompts,
     guidance_embedding,
-    is_sdxl,
     predict,
     predict_guided,
 )
-from common.contract import read_distillation, write_distillation
+from common.contract import make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
-from common.errors import UsageError
-from common.hooks import register_checkpoint_hooks
-from common.judging.previews import log_images, sample_images
-from common.outputs import write_model_card
-from common.pipelines import load_pipeline, read_pipeline_config, same_weights
+from common.errors import CheckpointError, UsageError
+from common.judging.previews import preview
+from common.lora import add_lora, student_unet, trainable, without_adapters
+from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
+from common.outputs import export, save_student
+from common.pipelines import latent_shape, load_frozen, load_unet, set_up
 from common.randomness import sample_generator
-from common.run import StopSignal
+from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
+from common.settle import settle
 
 
 def parse_args(argv=None):
@@ -75,41 +54,32 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add(
         "--start_steps",
-        type=arguments.positive_int,
+        type=arguments.step_count,
         default=64,
-        help="steps of the first teacher: --end_steps times a power of two, at most 1000",
+        help="steps of the first teacher: those of the last student times a power of two",
     )
-    add("--end_steps", type=arguments.positive_int, default=4, help="steps of the last student")
+    add("--num_inference_steps", "--end_steps", type=arguments.step_count, default=4, help="steps of the last student")
     add("--steps_per_stage", type=arguments.positive_int, default=200, help="optimizer steps of a stage")
     add(
         "--last_stages_steps",
         type=arguments.positive_int,
         nargs="+",
-        help="optimizer steps of each of the last two "
-        "stages, which have the most to learn; several numbers: one for each of the last stages "
-        "(default: --steps_per_stage)",
+        help="optimizer steps of each of the last two stages, which have the most to learn; several numbers: one for "
+        "each of the last stages (default: --steps_per_stage)",
     )
     add(
         "--guidance_scale",
-        type=float,
-        help="teacher's guidance in the first halving (default: what it was saved with, else 7.5)",
+        type=arguments.weight,
+        help="teacher's guidance in the first halving (default: as it was saved, else 7.5)",
     )
     add(
         "--guidance_min",
-        type=float,
-        default=1.0,
-        help="with a teacher that takes its guidance scale as an input: least scale drawn",
+        type=arguments.weight,
+        help="of a teacher that takes its guidance scale as an input: least scale drawn (default: 1)",
     )
-    add("--guidance_max", type=float, default=8.0, help="with such a teacher: largest scale drawn")
-    add(
-        "--loss_space",
-        choices=("v", "x"),
-        default="v",
-        help="the error is taken in v, or in x0 with weight max(SNR, 1)",
-    )
-    add("--lora_rank", type=arguments.positive_int, help="train a LoRA of this rank (default: the whole UNet)")
-    add("--lora_alpha", type=arguments.positive_float, default=32, help="scale of the adapters is alpha / rank")
-    add("--lora_targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="UNet layers to adapt")
+    add("--guidance_max", type=arguments.weight, help="of such a teacher: largest scale drawn (default: 8)")
+    add("--loss_space", choices=("v", "x"), default="v", help="error in v, or in x0 with weight max(SNR, 1)")
+    arguments.add_lora_arguments(parser)
     arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=None)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/progressive")
     arguments.add_validation_arguments(parser)
@@ -163,7 +133,7 @@ def stage_lengths(args, stages):
     if len(last) > stages:
         raise UsageError(
             f"--last_stages_steps has {len(last)} numbers; from --start_steps {args.start_steps} to "
-            f"--end_steps {args.end_steps} there are {stages} stages."
+            f"--end_steps {args.num_inference_steps} there are {stages} stages."
         )
     return [args.steps_per_stage] * (stages - len(last)) + last
 
@@ -178,54 +148,46 @@ def stage_at(step, lengths):
 
 
 def check_arguments(args):
-    """Refuse, before anything is loaded, what can't work; returns the students' step counts and optimizer steps."""
-    if args.start_steps > 1000:
-        raise UsageError(f"--start_steps {args.start_steps} is more than the model's 1000 timesteps.")
-    if args.start_steps <= args.end_steps:
-        raise UsageError(f"--start_steps {args.start_steps} is not more than --end_steps {args.end_steps}.")
-    if args.guidance_scale is not None and args.guidance_scale < 0:
-        raise UsageError(f"--guidance_scale {args.guidance_scale} is negative.")
-    if not 0 <= args.guidance_min <= args.guidance_max:
-        raise UsageError(f"--guidance_min {args.guidance_min:g} is not in [0, --guidance_max {args.guidance_max:g}].")
-    # What `accelerate launch` was told reaches a script through the environment.
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    if args.use_8bit_adam and not cuda:
-        raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
-    mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision == "fp16" and not cuda:
-        raise UsageError("--mixed_precision fp16, here or at accelerate launch, needs a CUDA GPU: use bf16 or no.")
-    students = student_steps(args.start_steps, args.end_steps)
-    return students, stage_lengths(args, len(students))
+    """Refuse, before anything is loaded, what can't work; settle how many optimizer steps there are in all."""
+    start, end = args.start_steps, args.num_inference_steps
+    if start <= end:
+        raise UsageError(f"--start_steps {start} is not more than --end_steps {end}.")
+    total = sum(stage_lengths(args, len(student_steps(start, end))))
+    args.max_train_steps = min(args.max_train_steps or total, total)
 
 
-def teacher_contract(args):
-    """The teacher's distillation.json, with guidance_scale as it is guided in the first stage. Raises UsageError."""
-    contract = read_distillation(args.pretrained_model_name_or_path)
-    if contract.get("target") == "x0":
+def check_teacher(args, teacher):
+    """Refuse a teacher that can't be halved so; fill in the scales that are drawn for one that takes them as input."""
+    where = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    if teacher["target"] == "x0":
         raise UsageError(
-            "the teacher predicts and re-noises; this script halves the steps of a deterministic "
-            "sampler: start from the model it was made of."
+            f"{where}: it predicts and re-noises; this script halves the steps of a deterministic sampler: start from "
+            "the model it was made of."
         )
-    if contract.get("steps") not in (None, args.start_steps):
+    if teacher["steps"] not in (None, args.start_steps):
+        raise UsageError(f"{where}: it was made for {teacher['steps']} steps: add --start_steps {teacher['steps']}.")
+    embedded = teacher["guidance"] == "embedded"
+    if embedded and args.guidance_scale is not None:
         raise UsageError(
-            f"--start_steps {args.start_steps}: the teacher was made for {contract['steps']} steps, so "
-            f"start with {contract['steps']}."
+            "--guidance_scale: this teacher takes its scale as an input: --guidance_min and --guidance_max say which "
+            "scales are drawn."
         )
-    if contract["guidance"] == "baked" and args.guidance_scale not in (None, 1):
-        raise UsageError(f"--guidance_scale {args.guidance_scale}: the teacher has its guidance baked in already.")
-    if contract["guidance"] == "embedded" and args.guidance_scale is not None:
+    if not embedded and (args.guidance_min, args.guidance_max) != (None, None):
         raise UsageError(
-            "--guidance_scale: the teacher takes its guidance scale as an input; --guidance_min and "
-            "--guidance_max say which scales are drawn."
+            "--guidance_min and --guidance_max are about a teacher that takes its guidance scale as an input, which "
+            "this one does not: leave them out."
         )
-    if args.guidance_scale is not None:
-        contract["guidance_scale"] = args.guidance_scale
-    return contract
+    args.guidance_min = 1.0 if args.guidance_min is None else args.guidance_min
+    args.guidance_max = 8.0 if args.guidance_max is None else args.guidance_max
+    if args.guidance_min > args.guidance_max:
+        raise UsageError(f"--guidance_min {args.guidance_min:g} is above --guidance_max {args.guidance_max:g}.")
 
 
 def draw(args, step, positions, latents, num_timesteps):
-    """Per-sample randomness by global position: noise like latents, indices into the student's timesteps (B,), and
-    guidance scales (B,). All are drawn whatever the options, so that none changes what another one draws."""
+    """Per-sample randomness by global position: noise like latents, indices into the student's timesteps, scales (B,).
+
+    All are drawn whatever the options, so that none changes what another one draws.
+    """
     noise, slots, scales = [], [], []
     for position in positions:
         generator = sample_generator(args.seed, step, position)
@@ -233,353 +195,170 @@ def draw(args, step, positions, latents, num_timesteps):
         place = torch.rand((), generator=generator)
         scales.append(args.guidance_min + (args.guidance_max - args.guidance_min) * place)
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    return torch.stack(noise).to(latents.device), torch.stack(slots).to(latents.device), torch.stack(scales)
+    return tuple(torch.stack(drawn).to(latents.device) for drawn in (noise, slots, scales))
 
 
-def save_student(folder, args, average, scheduler, contract, step):
-    """stage-<steps>/ or final/: the averaged student as a pipeline or LoRA, scheduler, distillation.json, card."""
-    parent = args.pretrained_model_name_or_path
-    pipeline = load_pipeline(parent, revision=args.revision, variant=args.variant)  # the other parts not rounded
-    unet, name = pipeline.unet, type(scheduler).__name__
-    if args.lora_rank:
-        unet.add_adapter(lora_config(args))
-    copy_tensors(average, {key: p for key, p in unet.named_parameters() if key in average})
-    pipeline.scheduler = scheduler
-    with FinalFolder(folder) as final:
-        load = 'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")'
-        if args.lora_rank:
-            # Without the adapter metadata a reload would forget alpha and scale the LoRA by 1.
-            type(pipeline).save_lora_weights(
-                final,
-                unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-                unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-            )
-            scheduler.save_pretrained(final / "scheduler")
-            load = f"""pipe = DiffusionPipeline.from_pretrained("{parent}")
-pipe.load_lora_weights("path/to/this/folder")
-pipe.scheduler = {name}.from_pretrained("path/to/this/folder", subfolder="scheduler")"""
-        else:
-            pipeline.save_pretrained(final)
-        write_distillation(final, **contract)
-        imports = f"DiffusionPipeline, {name}" if args.lora_rank else "DiffusionPipeline"
-        call = f"num_inference_steps={contract['steps']}, guidance_scale={contract['guidance_scale']:g}"
-        write_model_card(
-            final,
-            "Few-step LoRA" if args.lora_rank else "Few-step student",
-            parent,
-            lora=bool(args.lora_rank),
-            usage=f"""
-from diffusers import {imports}
+@torch.no_grad()
+def teach(teacher, schedule, z, times, conditioning, unconditional, guidance_scale, timestep_cond=None):
+    """z_s (B, C, H, W): where two DDIM steps of the teacher take z.
 
-{load}
-image = pipe("a prompt", {call}).images[0]""",
-            notes={
-                "method": f"progressive distillation from {args.start_steps} steps, loss in {args.loss_space}",
-                "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}",
-                "optimizer steps": step,
-            },
-        )
+    times: timesteps, mid-points and next timesteps, each (B,). timestep_cond (B, dim): of a teacher that takes its
+    guidance scale as an input, which is not guided otherwise.
+    """
+    with without_adapters(teacher):
+        for now, after in zip(times[:-1], times[1:]):
+            if guidance_scale == 1:
+                output = predict(teacher, z, now, conditioning, timestep_cond)
+            else:
+                output = predict_guided(teacher, z, now, conditioning, unconditional, guidance_scale)
+            z = schedule.ddim_step(output, z, now, after)
+    return z
 
 
-def lora_config(args):
-    return LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=args.lora_targets)
+def merged_teacher(args, run, lora):
+    """The frozen UNet of a later stage's teacher: the first teacher's with a LoRA, {name: tensor}, merged into it.
 
-
-def merged_teacher(args, lora, dtype, device):
-    """The frozen UNet of a later stage's teacher: the first teacher's with the LoRA, a dict of tensors as the student
-    names them, merged into its weights in fp32, so that it costs no more than the first."""
-    unet = UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="unet",
-        revision=args.revision,
-        variant=args.variant,
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-    )
-    unet.add_adapter(lora_config(args))
-    copy_tensors(lora, {name: p for name, p in unet.named_parameters() if name in lora})
+    In fp32, and then in the compute dtype: it costs no more than the first.
+    """
+    unet = load_unet(args)
+    add_lora(unet, args)
+    copy_tensors(lora, trainable(unet))
     unet.fuse_lora()
     unet.unload_lora()
     if args.torch_compile:
         unet.compile()
-    return unet.requires_grad_(False).eval().to(device, dtype)
+    return unet.requires_grad_(False).to(run.device, run.dtype)
 
 
-def export_fp16(folder, args):
-    """final-fp16/: final/ as a whole pipeline in half precision, a LoRA fused in; reloaded and compared."""
-    final = Path(folder) / "final"
-    pipeline = load_pipeline(args.pretrained_model_name_or_path if args.lora_rank else final, revision=args.revision)
-    if args.lora_rank:
-        pipeline.load_lora_weights(final)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        steps = json.loads((final / "distillation.json").read_text())["steps"]
-        pipeline.scheduler = ddim_scheduler(pipeline.scheduler, steps)
-    pipeline.to(dtype=torch.float16)
-    with FinalFolder(Path(folder) / "final-fp16") as export:
-        pipeline.save_pretrained(export)
-        for name in ("distillation.json", "README.md"):
-            shutil.copy(final / name, export)
-        if not same_weights(pipeline.unet, load_pipeline(export, torch.float16).unet):
-            raise RuntimeError("the exported pipeline reloads with another UNet")
+def check_stage(run, lengths):
+    """CheckpointError where a run resumes at the end of a stage whose student wasn't handed on: Run.count ended it."""
+    stage, _ = stage_at(run.step, lengths)
+    if run.state.setdefault("stages", 0) != stage:
+        raise CheckpointError(
+            f"{run.checkpoint} is of the end of a stage whose last updates were all skipped, which is no teacher for "
+            "the next one: resume from an older checkpoint."
+        )
+
+
+def card(args):
+    """(title, notes) of a student's model card."""
+    notes = {"method": f"progressive distillation from {args.start_steps} steps, loss in {args.loss_space}"}
+    return "Few-step LoRA" if args.lora_rank else "Few-step student", notes
+
+
+def capped(run, students, lengths):
+    """What is said at the end of a run that --max_train_steps ends before the last stage has."""
+    stage, inside = stage_at(run.step, lengths)
+    return (
+        f"Ended by --max_train_steps after step {run.step} of {sum(lengths)}, {inside} of them in the stage of "
+        f"{students[stage]} steps: --resume_from_checkpoint latest, with a larger number or without it, goes on to "
+        "final/."
+    )
+
+
+def evaluation(args, run, students):
+    """The command that draws quality against steps: of the first teacher, the stages that are here, and final/."""
+    here = [steps for steps in students[:-1] if (run.folder / f"stage-{steps}").is_dir()]
+    counts = " ".join(map(str, [args.start_steps, *here, students[-1]]))
+    folders = " ".join(str(run.folder / name) for name in [*(f"stage-{steps}" for steps in here), "final"])
+    models = f"{args.pretrained_model_name_or_path} {folders}"
+    return f"python evaluate.py --trained_steps --steps {counts} --models {models}"
 
 
 def main(args):
-    students, lengths = check_arguments(args)
-    args.max_train_steps = sum(lengths)
-    arguments.check_tracker(args)
-    arguments.use_embedded_default(args)
-    contract = teacher_contract(args)
-    embedded = contract["guidance"] == "embedded"
-    first_guidance_scale = contract["guidance_scale"] if contract["guidance"] == "cfg" else 1.0
-    # From the first student on guidance is inside the weights.
-    contract = {
-        "method": "progressive",
-        "parent": args.pretrained_model_name_or_path,
-        "target": "next",
-        "guidance": "embedded" if embedded else "baked",
-        "guidance_scale": contract["guidance_scale"] if embedded else 1.0,
-    }
-    _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
-    args.resolution = args.resolution or native_resolution
-    if args.resolution % factor:
-        raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
+    check_arguments(args)
+    settle(args)
+    from_contract = read_teacher(args, guidance=("cfg", "baked", "embedded"), few_steps=True)
+    check_teacher(args, from_contract)
+    guidance_scale, embedded = from_contract["guidance_scale"], from_contract["guidance"] == "embedded"
+    students = student_steps(args.start_steps, args.num_inference_steps)
+    lengths = stage_lengths(args, len(students))
     dataset = load_dataset_from_args(args)
-    folder = Path(args.output_dir) / (args.run_name or "")
-    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
-    accelerator = Accelerator(
-        cpu=no_gpu,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=folder,
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError(
-            "train_progressive.py runs under DDP only: its average, checkpoints and next teacher need "
-            "whole weights on every GPU; launch it with accelerate_configs/multi_gpu.yaml."
-        )
-    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    identity = {**arguments.resume_identity(args), "mixed_precision": accelerator.mixed_precision}
+    run = open_run(args, staged=True)
+    accelerator = run.accelerator
 
-    # Where: refuse another run's folder, find the checkpoint to resume, on every rank alike, before models load.
-    checkpoint = find_checkpoint(folder, args.resume_from_checkpoint)
-    refuse_other_run(folder, checkpoint, args.overwrite_output_dir)
-    step = check_same_run(checkpoint, identity, global_batch_size) if checkpoint else 0
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        make_folder(folder, checkpoint)
-        if not checkpoint:
-            for stale in folder.glob("stage-*"):
-                shutil.rmtree(stale)
-    accelerator.wait_for_everyone()
-    if args.resume_from_checkpoint:
-        accelerator.print(
-            f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {folder}: a fresh start."
-        )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    stop = StopSignal()
-    set_seed(args.seed)  # the LoRA's initialisation; nothing after it draws a global random number
-
-    # 1 frozen models, in the compute dtype
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype, args.revision, args.variant)
+    # 1 frozen models, in the compute dtype; from the first student on guidance is inside the weights
+    pipeline = load_frozen(args, run)
     teacher, vae = pipeline.unet, pipeline.vae
-    if is_sdxl(pipeline) and dtype == torch.float16:
-        vae.to(dtype=torch.float32)  # SDXL's VAE overflows in half precision
-    schedule = NoiseSchedule(pipeline.scheduler, accelerator.device)
-    unet = load_pipeline(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant).unet
-
-    # 2 trainable models, in fp32. A stage's result becomes the next teacher parameter by parameter, or, a LoRA, merged
-    # into the first teacher; checkpoints then hold the LoRA alone.
-    if args.lora_rank:
-        names = [name for name, _ in unet.named_modules()]
-        for target in args.lora_targets:  # peft ignores one that matches nothing beside one that does
-            if not any(f".{name}".endswith(f".{target}") for name in names):
-                raise UsageError(f"--lora_targets {target}: the UNet has no layer of that name.")
-        try:
-            unet.add_adapter(lora_config(args))
-        except ValueError as error:
-            raise UsageError(f"--lora_targets: {str(error).splitlines()[0]}") from None
-    else:
-        unet.requires_grad_(True)
-    pipeline.unet = unet
-    pipeline.to(accelerator.device)
-    teacher.to(accelerator.device)
+    schedule = NoiseSchedule(pipeline.scheduler, run.device)
+    grids = [stage_grid(pipeline.scheduler, 2 * steps, run.device) for steps in students]
+    schedulers = [ddim_scheduler(pipeline.scheduler, steps) for steps in students]
+    kind, scale = ("embedded", guidance_scale) if embedded else ("baked", 1.0)
+    contracts = [
+        make_contract(args, "progressive", "next", steps, student_timesteps(scheduler, steps), kind, scale)
+        for scheduler, steps in zip(schedulers, students)
+    ]
     unconditional = encode_empty_prompt(pipeline, args.resolution)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.torch_compile:
-        unet.compile()  # in place: parameter names stay those of the plain module
-        teacher.compile()
-    parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+
+    # 2 trained, in fp32; teacher_parameters, what a student hands on to the next stage's teacher: all, or its LoRA
+    unet = student_unet(args, pipeline)
+    set_up(unet, args, teacher)
+    parameters = trainable(unet)
     if args.lora_rank:
         teacher_parameters = {name: p.detach().clone() for name, p in parameters.items()}
     else:
         teacher_parameters = dict(teacher.named_parameters())
     ema = EMA(parameters, args.ema_decay)
 
-    # 3 optimizer
-    optimizer_class = partial(torch.optim.AdamW, fused=True)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as optimizer_class
-    optimizer = optimizer_class(
-        parameters.values(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+    # 3 optimizer, resume, data
+    student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
+    run.register({"student": parameters, "teacher": teacher_parameters}, {"student": ema})
+    check_stage(run, lengths)
+    loader = iter(build_dataloader(dataset, args, accelerator, run.step))
+    merged = 0  # the stage whose teacher is in memory, of a LoRA
 
-    # 4 prepare, register, resume
-    student, optimizer = accelerator.prepare(unet, optimizer)
-    register_checkpoint_hooks(accelerator, {"student": parameters, "teacher": teacher_parameters}, {"student": ema})
-    stage, inside = stage_at(step, lengths)
-    if checkpoint:
-        load_checkpoint(accelerator, checkpoint)
-        ema.updates = inside
-        if args.lora_rank and stage > 0:
-            teacher = merged_teacher(args, teacher_parameters, dtype, accelerator.device)
-
-    # 5 data, from the step on that comes next; never prepared, its order depends on the global batch alone
-    dataloader = iter(build_dataloader(dataset, args, accelerator, step))
-
-    # 6 trackers
-    if accelerator.log_with:
-        config = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()}
-        accelerator.init_trackers("logs", config)
-
-    def validate(num_steps):
-        if accelerator.is_main_process:
-            with ema.applied(parameters), accelerator.autocast():
-                rows = sample_images(
-                    pipeline,
-                    args.validation_prompts,
-                    ddim_scheduler(pipeline.scheduler, num_steps),
-                    num_steps,
-                    contract["guidance_scale"],
-                    args.resolution,
-                    args.seed,
-                    args.num_validation_images,
-                )
-            log_images(accelerator, folder, rows, args.validation_prompts, step)
-        accelerator.wait_for_everyone()
-
-    def save():
-        save_checkpoint(
-            accelerator, folder, step, identity, global_batch_size, args.max_train_steps, args.checkpoints_total_limit
-        )
-
-    def finish_stage():
-        """Save the stage's student, and make it the next stage's teacher and start."""
-        nonlocal teacher
-        if accelerator.is_main_process:
-            scheduler = ddim_scheduler(pipeline.scheduler, students[stage])
-            times = {"steps": students[stage], "timesteps": student_timesteps(scheduler, students[stage])}
-            save_student(folder / f"stage-{students[stage]}", args, ema.shadow, scheduler, {**contract, **times}, step)
-        copy_tensors(ema.shadow, teacher_parameters)
-        copy_tensors(ema.shadow, parameters)
-        if args.lora_rank and stage + 1 < len(students):
+    while run.step < args.max_train_steps:
+        stage, inside = stage_at(run.step, lengths)
+        steps, ends = students[stage], inside + 1 == lengths[stage]
+        guidance = 1.0 if embedded or stage > 0 else guidance_scale
+        if args.lora_rank and merged != stage:
             teacher = None  # frees its memory first
-            teacher = merged_teacher(args, teacher_parameters, dtype, accelerator.device)
-        ema.updates = 0
-        optimizer.state.clear()
-        accelerator.wait_for_everyone()
+            teacher, merged = merged_teacher(args, run, teacher_parameters), stage
+        run.bar.set_description(f"{2 * steps} -> {steps} steps", refresh=False)
+        learning_rate = set_learning_rate(optimizer, learning_rate_at(inside, args, lengths[stage]))
+        for batch in run.batches(loader):
+            with accelerator.accumulate(student):
+                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
+                if steps > 1:
+                    latents = encode_images(vae, batch["pixel_values"])
+                else:  # from pure noise alone, whatever the images
+                    shape = len(batch["captions"]), *latent_shape(pipeline, args.resolution)
+                    latents = torch.zeros(shape, device=run.device)
+                noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, steps)
+                times = [grid[slots] for grid in grids[stage]]
+                timesteps, _, next_timesteps = times
+                z = schedule.noisy_input(latents, noise, timesteps)
+                timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                with accelerator.autocast():
+                    z_next = teach(teacher, schedule, z, times, conditioning, unconditional, guidance, timestep_cond)
 
-    bar = tqdm(total=args.max_train_steps, initial=step, desc="steps", disable=not accelerator.is_local_main_process)
-    while stage < len(students):
-        num_steps = students[stage]
-        bar.set_description(f"{2 * num_steps} -> {num_steps} steps")
-        grid = stage_grid(pipeline.scheduler, 2 * num_steps, accelerator.device)
-        guidance_scale = first_guidance_scale if stage == 0 else 1.0
-        annealed = argparse.Namespace(**{**vars(args), "max_train_steps": lengths[stage]})
-        while inside < lengths[stage]:
-            learning_rate = arguments.learning_rate_at(inside, annealed)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            step_loss = torch.zeros((), device=accelerator.device)
-            for _ in range(args.gradient_accumulation_steps):
-                batch = next(dataloader)
-                with accelerator.accumulate(student):
-                    conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                    if num_steps > 1:
-                        latents = encode_images(vae, batch["pixel_values"])
-                    else:  # from pure noise alone, whatever the images
-                        shape = len(batch["captions"]), unet.config.in_channels, *[args.resolution // factor] * 2
-                        latents = torch.zeros(shape, device=accelerator.device)
-                    noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, num_steps)
-                    timesteps, mid_timesteps, next_timesteps = (times[slots] for times in grid)
-                    timestep_cond = None
-                    if embedded:
-                        timestep_cond = guidance_embedding(pipeline, scales, unet.config.time_cond_proj_dim)
-                        timestep_cond = timestep_cond.to(latents.device, dtype)
-                    z = schedule.add_noise(latents, noise, timesteps)
-                    pure = (timesteps == schedule.num_train_timesteps - 1).view(-1, 1, 1, 1)
-                    z = torch.where(pure, noise, z)
+                with accelerator.autocast():
+                    output = predict(student, z, timesteps, conditioning, timestep_cond)
+                loss = progressive_loss(output, z, timesteps, z_next, next_timesteps, schedule, args.loss_space)
+                accelerator.backward(loss)
+                run.add(loss=loss)
+                clip(run, optimizer, parameters)
+                update(run, optimizer, parameters, ema)
+        run.count(lr=learning_rate, student_steps=steps)
+        if run.validates():
+            with ema.applied(parameters):
+                preview(run, pipeline, schedulers[stage], contracts[stage])
+        if ends:  # the average is the stage's result, the next stage's teacher and its start
+            run.check_finite()
+            copy_tensors(ema.shadow, parameters)
+            copy_tensors(ema.shadow, teacher_parameters)
+            save_student(run, {"unet": unet}, schedulers[stage], contracts[stage], *card(args), name=f"stage-{steps}")
+            ema.updates = 0
+            optimizer.state.clear()
+            run.state["stages"] = stage + 1
+        run.save(now=ends)
 
-                    def teach(z, timesteps, next_timesteps):
-                        if guidance_scale != 1:
-                            output = predict_guided(teacher, z, timesteps, conditioning, unconditional, guidance_scale)
-                        else:
-                            output = predict(teacher, z, timesteps, conditioning, timestep_cond)
-                        return schedule.ddim_step(output, z, timesteps, next_timesteps)
-
-                    with torch.no_grad(), accelerator.autocast():
-                        z_mid = teach(z, timesteps, mid_timesteps)
-                        z_next = teach(z_mid, mid_timesteps, next_timesteps)
-
-                    with accelerator.autocast():
-                        output = predict(student, z, timesteps, conditioning, timestep_cond)
-                    loss = progressive_loss(output, z, timesteps, z_next, next_timesteps, schedule, args.loss_space)
-                    accelerator.backward(loss)
-                    step_loss += loss.detach() / args.gradient_accumulation_steps
-                    if accelerator.sync_gradients:
-                        without = [name for name, p in parameters.items() if p.grad is None]
-                        if without:
-                            raise RuntimeError(
-                                f"{len(without)} trainable parameters got no gradient, such as {without[0]}"
-                            )
-                        grad_norm = accelerator.clip_grad_norm_(parameters.values(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-            ema.step(parameters)
-            step, inside = step + 1, inside + 1
-            bar.update()
-
-            logs = {"loss": accelerator.reduce(step_loss, reduction="mean").item(), "grad_norm": grad_norm.item()}
-            bar.set_postfix(loss=f"{logs['loss']:.4f}", grad_norm=f"{logs['grad_norm']:.2f}")
-            accelerator.log({**logs, "lr": learning_rate, "student_steps": num_steps}, step=step)
-            if args.validation_prompts and step % args.validation_steps == 0:
-                validate(num_steps)
-            if inside == lengths[stage]:
-                finish_stage()
-                save()
-            elif stop.requested(accelerator):
-                save()
-                accelerator.print(f"Stopped by a signal after step {step}; --resume_from_checkpoint latest goes on.")
-                accelerator.end_training()
-                return
-            elif step % args.checkpointing_steps == 0:
-                save()
-        stage, inside = stage + 1, 0
-    bar.close()
-
-    if accelerator.is_main_process:
-        with FinalFolder(folder / "final") as final:
-            shutil.copytree(folder / f"stage-{args.end_steps}", final, dirs_exist_ok=True)
-        if args.export:
-            export_fp16(folder, args)
-        stages = " ".join(str(folder / f"stage-{num_steps}") for num_steps in students)
-        counts = " ".join(map(str, [args.start_steps, *students]))
-        print(
-            f"Done: {folder / 'final'}. Quality against steps: python evaluate.py --trained_steps --steps {counts} "
-            f"--models {args.pretrained_model_name_or_path} {stages}",
-            flush=True,
-        )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if run.step < sum(lengths):
+        return run.end(capped(run, students, lengths), done=False)
+    save_student(run, {"unet": unet}, schedulers[-1], contracts[-1], *card(args))
+    export(run)
+    run.end(f"\nQuality against steps: {evaluation(args, run, students)}")
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    arguments.run_script(main, args)
+    run_script(main, parse_args())

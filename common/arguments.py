@@ -111,7 +111,10 @@ def add_lora_arguments(parser, *, lora_rank=None):
 
 
 def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_train_steps):
-    """max_train_steps: the flag's default; None where a script has other flags for the length, and no such one."""
+    """max_train_steps: the flag's default; None where stages make up the run, of which it is then a cap."""
+    total, end = "optimizer steps in all", "at --max_train_steps"
+    if max_train_steps is None:
+        total, end = "end the run after so many optimizer steps (default: all stages)", "at the end of a stage"
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
     add(
@@ -122,20 +125,13 @@ def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_t
         help="samples per process and micro-batch",
     )
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="micro-batches per optimizer step")
-    if max_train_steps is not None:
-        add(
-            "--max_train_steps",
-            "--max_steps",
-            type=positive_int,
-            default=max_train_steps,
-            help="optimizer steps in all",
-        )
+    add("--max_train_steps", "--max_steps", type=positive_int, default=max_train_steps, help=total)
     add("--learning_rate", type=positive_float, default=learning_rate, help="peak learning rate")
     add(
         "--lr_scheduler",
         choices=("constant", "linear", "cosine", "one_cycle"),
         default="constant",
-        help="after the warm-up: constant, or down to 0 at --max_train_steps; one_cycle: up from 1/25 along a cosine "
+        help=f"after the warm-up: constant, or down to 0 {end}; one_cycle: up from 1/25 along a cosine "
         "for the warm-up, then down to 1/250000 along another",
     )
     add(

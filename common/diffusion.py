@@ -92,6 +92,17 @@ class NoiseSchedule:
         return self.alpha(timesteps) ** 2 / self.sigma(timesteps) ** 2
 
 
+def min_snr_weights(schedule, timesteps, gamma):
+    """Min-SNR weights (B,) of an error in the schedule's prediction type (Hang et al., 2303.09556); None: ones.
+
+    min(SNR, gamma) of an error in x0, which is min(SNR, gamma) / SNR of one in eps and / (SNR + 1) of one in v.
+    """
+    if gamma is None:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    snr = schedule.snr(timesteps).flatten()
+    return snr.clamp(max=gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[schedule.prediction_type]
+
+
 def pointwise_distance(error, loss):
     """l2: error^2; huber: sqrt(error^2 + c^2) - c with c = 1e-3, which a large error doesn't rule. Shaped as error."""
     return error**2 if loss == "l2" else torch.sqrt(error**2 + 1e-3**2) - 1e-3

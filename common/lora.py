@@ -87,9 +87,19 @@ def save_lora(folder, pipeline):
 
 def merge_lora(pipeline, path):
     """The LoRA at `path` in the weights of the pipeline's UNet, as if they had been trained so."""
-    pipeline.load_lora_weights(path, use_safetensors=True)
+    load_adapter(pipeline, path, "default")
     pipeline.fuse_lora(components=["unet"])
     pipeline.unload_lora_weights()
+
+
+def load_adapter(pipeline, path, name):
+    """Put the LoRA at `path` on the pipeline as adapter `name`; one that is for the UNet alone, on the UNet alone."""
+    options = {"use_safetensors": True, "unet_config": pipeline.unet.config}
+    tensors, alphas, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True, **options)
+    if all(key.startswith("unet.") for key in tensors):  # else diffusers says that it misses those of a text encoder
+        pipeline.load_lora_into_unet(tensors, alphas, pipeline.unet, name, metadata=metadata, _pipeline=pipeline)
+    else:
+        pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True)
 
 
 def check_lora_path(path, flag="--lora_path"):
@@ -122,7 +132,7 @@ def is_hub_id(path):
 def load_lora(pipeline, path, scale=1.0, fuse=False, flag="--lora_path"):
     """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
     try:
-        pipeline.load_lora_weights(path, adapter_name="student", use_safetensors=True)
+        load_adapter(pipeline, path, "student")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UsageError(f"{flag} {path}: it does not load on this pipeline ({first_line(error)}).") from None
     config = getattr(pipeline.unet, "peft_config", {}).get("student")

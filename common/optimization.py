@@ -10,13 +10,15 @@ from functools import partial
 import torch
 
 
-def learning_rate_at(step, args):
+def learning_rate_at(step, args, length=None):
     """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing.
 
+    length: of the run, or of the stage that `step` counts in (default: --max_train_steps).
     one_cycle is torch's OneCycleLR (its defaults: cosine, 30 % rise, from 1/25, to 1/250000), momentum left alone.
     """
+    length = length or args.max_train_steps
     if args.lr_scheduler == "one_cycle":
-        last, peak = args.max_train_steps - 1, (args.lr_warmup_steps or 0.3 * args.max_train_steps) - 1
+        last, peak = length - 1, (args.lr_warmup_steps or 0.3 * length) - 1
         if step < peak:
             low, done = args.learning_rate / 25, 1 - step / peak
         else:
@@ -24,7 +26,7 @@ def learning_rate_at(step, args):
         return low + (args.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
     if step < args.lr_warmup_steps:
         return args.learning_rate * (step + 1) / args.lr_warmup_steps
-    done = (step - args.lr_warmup_steps) / max(args.max_train_steps - args.lr_warmup_steps, 1)
+    done = (step - args.lr_warmup_steps) / max(length - args.lr_warmup_steps, 1)
     if args.lr_scheduler == "linear":
         return args.learning_rate * (1 - done)
     if args.lr_scheduler == "cosine":

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from common.checkpoint import FinalFolder
 from common.compression.manifest import MANIFEST, write_manifest
-from common.contract import CONTRACT, STEPS, read_distillation, write_distillation
+from common.contract import CONTRACT, STEPS, parent_source, read_distillation, write_distillation
 from common.lora import WEIGHTS, merge_lora, save_lora
 from common.pipelines import load_pipeline
 from common.schedulers import saved_scheduler
@@ -60,15 +60,19 @@ def export(run, name="final"):
     """<run>/final-<export>/, where --export asks for one: final/ as a whole pipeline, a LoRA merged, in FP16."""
     if run.args.export and run.accelerator.is_main_process:
         final, folder = (run.folder / name).absolute(), (run.folder / f"{name}-{run.args.export}").absolute()
-        pipeline, contract = open_output(final), read_distillation(final)
-        pipeline.to(dtype=torch.float16)
+        lora, contract = (final / WEIGHTS).is_file(), read_distillation(final)
+        source = parent_source(contract, final) if lora else {"path": final}
+        pipeline = load_pipeline(dtype=torch.float16, **source)
+        if lora:  # merged before it is rounded
+            merged = open_output(final)
+            pipeline.unet, pipeline.scheduler = merged.unet.to(torch.float16), merged.scheduler
         with FinalFolder(folder) as exported:
             pipeline.save_pretrained(exported)
             for file in (CONTRACT, MANIFEST):
                 if (final / file).is_file():
                     shutil.copy(final / file, exported)
             notes = {"made from": f"`{final}`, whose card says how it was trained"}
-            if (final / WEIGHTS).is_file():
+            if lora:
                 notes["LoRA"] = "merged into the weights: no adapter is needed"
             usage = usage_of(contract, folder, dtype=torch.float16)
             write_model_card(exported, "The same in half precision", contract["parent"], usage, notes)
@@ -80,8 +84,7 @@ def open_output(folder):
     """The pipeline in fp32 of an output of this repository, a LoRA merged into the one it was made from."""
     if not (Path(folder) / WEIGHTS).is_file():
         return load_pipeline(folder)
-    contract = read_distillation(folder)
-    pipeline = load_pipeline(contract["parent"], revision=contract["revision"], variant=contract["variant"])
+    pipeline = load_pipeline(**parent_source(read_distillation(folder), folder))
     merge_lora(pipeline, folder)
     pipeline.scheduler = saved_scheduler(folder)
     return pipeline

@@ -120,16 +120,12 @@ def image_to_image(pipeline):
     return pipeline
 
 
-def load_unet(args):
-    """A UNet of --pretrained_model_name_or_path to be trained: in fp32, from the weights as they are stored."""
-    return UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder="unet",
-        revision=args.revision,
-        variant=args.variant,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+def load_unet(args, student_model=None):
+    """A UNet to be trained, of --pretrained_model_name_or_path or a student: in fp32, from the weights as stored."""
+    origin = {} if student_model else {"revision": args.revision, "variant": args.variant}
+    path = student_model or args.pretrained_model_name_or_path
+    options = {"subfolder": "unet", "dtype": torch.float32, "use_safetensors": True, **origin}
+    return UNet2DConditionModel.from_pretrained(path, **options)
 
 
 def set_up(module, args, *more):

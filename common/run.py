@@ -63,12 +63,12 @@ def resume_identity(args):
 # Opening
 
 
-def open_run(args, subfolder=None, follows_length=()):
+def open_run(args, subfolder=None, follows_length=(), staged=False):
     """The Run of these arguments: processes joined, folder made, checkpoint found, the same on every process.
 
     subfolder: of the run's folder, where the script writes into one. follows_length: flags beside --lr_scheduler whose
-    effect follows the length of the run, named in a warning where a resumed run has another one. Raises UsageError
-    and CheckpointError, on every process alike.
+    effect follows the length of the run, named in a warning where a resumed run has another one. staged: the learning
+    rate follows the length of a stage instead. Raises UsageError and CheckpointError, on every process alike.
     """
     folder = Path(args.output_dir) / (args.run_name or "") / (subfolder or "")
     timeout = timedelta(seconds=args.ddp_timeout)
@@ -104,7 +104,8 @@ def open_run(args, subfolder=None, follows_length=()):
             f"Resuming from {checkpoint}." if checkpoint else f"No checkpoint in {folder}: a fresh start."
         )
     step, planned = saved.get("step", 0), saved.get("max_train_steps", args.max_train_steps)
-    changing = [f"--lr_scheduler {args.lr_scheduler}"] * (args.lr_scheduler != "constant") + [*follows_length]
+    planned_rate = args.lr_scheduler != "constant" and not staged
+    changing = [f"--lr_scheduler {args.lr_scheduler}"] * planned_rate + [*follows_length]
     if changing and planned != args.max_train_steps:
         accelerator.print(
             f"warning: {', '.join(changing)} was planned for {planned} steps and now ends at {args.max_train_steps}: "
@@ -339,10 +340,10 @@ class Run:
                 "Start again with a lower learning rate, or with bf16 instead of fp16."
             )
 
-    def end(self, *said):
-        """Close the bar and the trackers, once everything is written."""
+    def end(self, *said, done=True):
+        """Close the bar and the trackers, once everything is written; done: a final/ was, and is named first."""
         self.bar.close()
-        self.accelerator.print(f"Done: {self.folder / 'final'}", *said)
+        self.accelerator.print(*[f"Done: {self.folder / 'final'}"] * done, *said)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 

@@ -34,8 +34,12 @@ def ddim_scheduler(scheduler, num_inference_steps):
     """
     if scheduler.config.num_train_timesteps % num_inference_steps == 0:
         return DDIMScheduler.from_config(
-            _schedule_config(scheduler), timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
-        )
+            _schedule_config(scheduler),
+            timestep_spacing="trailing",
+            clip_sample=False,
+            set_alpha_to_one=True,
+            steps_offset=1,
+        )  # trailing timesteps have none; stock pipelines complain of 0
     return DPMSolverMultistepScheduler.from_config(
         _schedule_config(scheduler), solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"
     )

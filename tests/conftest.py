@@ -26,7 +26,11 @@ def pytest_collection_modifyitems(items):
 
 
 def random_pipeline(kind):
-    """A pipeline with random weights and the structure of SD1.5 ("sd"), SD2.x with v-prediction ("v") or SDXL."""
+    """A pipeline with random weights and the structure of SD1.5 ("sd"), SD2.x with v-prediction ("v") or SDXL.
+
+    "plain-sd" and "plain-sdxl": with a first block that has no attention, as SDXL's has none.
+    """
+    plain, kind = kind.startswith("plain-"), kind.removeprefix("plain-")
     from diffusers import (
         AutoencoderKL,
         PNDMScheduler,
@@ -80,8 +84,8 @@ def random_pipeline(kind):
         layers_per_block=1,
         block_out_channels=(16, 32),
         norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D" if plain else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D" if plain else "CrossAttnUpBlock2D"),
         attention_head_dim=2,
         cross_attention_dim=64 if kind == "sdxl" else 32,
         **(xl if kind == "sdxl" else {}),
@@ -136,6 +140,7 @@ def pipelines(tmp_path_factory):
 def students(pipelines, tmp_path_factory):
     """`students(kind, variant, widths)`: the folder of a student of the random pipeline, made once per session."""
     from common.compression import students
+    from common.compression.manifest import write_manifest
     from common.pipelines import load_pipeline
 
     made = {}
@@ -166,26 +171,24 @@ def dinov2(tmp_path_factory):
 
 
 def save_random_lora(pipeline, folder, parent, alpha):
-    """A LoRA of rank 2 and random weights for 2 steps, as train_flash_lora.save_final writes it. It stays attached."""
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig, get_peft_model_state_dict
+    """A LoRA of rank 2 and random weights for 2 steps, as train_flash_lora.py writes it. It stays attached."""
+    from peft import LoraConfig
 
     from common.contract import write_distillation
+    from common.lora import save_lora
     from common.schedulers import student_scheduler, student_timesteps
 
-    unet = pipeline.unet
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-    type(pipeline).save_lora_weights(
-        folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
+    config = LoraConfig(r=2, lora_alpha=alpha, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    pipeline.unet.add_adapter(config)
+    save_lora(folder, pipeline)
     scheduler = student_scheduler(pipeline.scheduler, "x0", 2)
     scheduler.save_pretrained(folder / "scheduler")
     write_distillation(
         folder,
         method="flash_lora",
         parent=parent,
+        revision=None,
+        variant=None,
         steps=2,
         timesteps=student_timesteps(scheduler, 2),
         guidance="baked",

@@ -23,7 +23,7 @@ def assumed_rollout(pipeline, scheduler, contract, prompts, noise, num_inference
             output = predict_guided(pipeline.unet, z, now, conditioning, unconditional, contract["guidance_scale"])
         elif contract["guidance"] == "embedded":
             scales = torch.full((len(z),), float(contract["guidance_scale"]))
-            embedding = guidance_embedding(pipeline, scales, pipeline.unet.config.time_cond_proj_dim)
+            embedding = guidance_embedding(pipeline, scales, pipeline.unet)
             output = predict(pipeline.unet, z, now, conditioning, embedding)
         else:
             output = predict(pipeline.unet, z, now, conditioning)

@@ -17,16 +17,19 @@ from common.checkpoint import (
     checkpoints_in,
     find_checkpoint,
     make_folder,
+    read_state,
     refuse_other_run,
 )
-from common.contract import write_distillation
+from common.contract import TINY_SD, write_distillation
 from common.ema import EMA, copy_tensors
-from common.errors import CheckpointError, ModelError
+from common.errors import CheckpointError, ModelError, UsageError
 from common.hooks import FeatureTap
 from common.judging.metrics import load_lpips
 from common.judging.previews import image_grid
+from common.optimization import learning_rate_at
 from common.pipelines import load_pipeline, read_pipeline_config
-from common.run import StopSignal
+from common.run import StopSignal, resume_identity
+from common.settle import use_embedded_default
 
 
 def parameters(seed=0):
@@ -97,7 +100,7 @@ def test_feature_taps_read_blocks_and_leave():
 
 def make_checkpoint(folder, step, **state):
     (folder / f"checkpoint-{step}").mkdir(parents=True)
-    content = {"step": step, "global_batch_size": 4, "arguments": {"seed": 0}, **state}
+    content = {"step": step, "global_batch_size": 4, "arguments": {"seed": 0}, "state": {}, **state}
     (folder / f"checkpoint-{step}" / "state.json").write_text(json.dumps(content))
 
 
@@ -116,17 +119,19 @@ def test_only_complete_checkpoints_count_and_they_sort_by_number(tmp_path):
 
 def test_a_run_is_continued_only_with_the_same_maths(tmp_path):
     make_checkpoint(tmp_path, 5)
-    assert check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 4) == 5
+    check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 4)
     with pytest.raises(CheckpointError, match="seed was 0, now 1"):
         check_same_run(tmp_path / "checkpoint-5", {"seed": 1}, 4)
     with pytest.raises(CheckpointError, match="global batch size was 4, now 8"):
         check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 8)
 
 
-def test_planned_steps_of_an_older_checkpoint_are_unknown(tmp_path):
-    make_checkpoint(tmp_path, 5)
-    make_checkpoint(tmp_path, 6, max_train_steps=12)
-    assert planned_steps(tmp_path / "checkpoint-5") is None and planned_steps(tmp_path / "checkpoint-6") == 12
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 5}', '{"step": "x", "arguments": {}, "state": {}}'])
+def test_a_state_that_can_not_be_read_is_one_sentence(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="state.json can't be read") as error:
+        read_state(tmp_path)
+    assert "\n" not in str(error.value) and str(error.value).count("can't be read") == 1
 
 
 def test_another_runs_folder_is_refused_or_discarded(tmp_path):
@@ -140,6 +145,50 @@ def test_another_runs_folder_is_refused_or_discarded(tmp_path):
     assert (tmp_path / "checkpoint-5").is_dir()
     make_folder(tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+FOREIGN = (
+    "finals_thesis",
+    "checkpoint-photos",
+    "final_draft",
+    "checkpoint-5-backup",
+    "my-checkpoint-5",
+    "stage-x",
+    "final-fp32",
+    "best",
+    "student",
+    ".cache.tmp",
+    ".venv",
+    "Final",
+)
+OWN = (
+    "checkpoint-7",
+    "stage-4",
+    "final",
+    "final-fp16",
+    "final-int8",
+    ".checkpoint-9.tmp",
+    ".final.tmp",
+    ".checkpoint-5.old.tmp",
+)
+
+
+def test_only_what_a_run_wrote_is_removed(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    for name in (*FOREIGN, *OWN):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "work.txt").write_text("mine")
+    make_folder(tmp_path, tmp_path / "checkpoint-5")  # a resume: only what comes after it, and torn saves
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*FOREIGN, "checkpoint-5", "stage-4", "final", "final-fp16", "final-int8"}
+    refuse_other_run(tmp_path, None, True)
+    make_folder(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN}
+    assert all((tmp_path / name / "work.txt").read_text() == "mine" for name in FOREIGN)
+    for name in ("best", "student"):  # those that train_student_kd.py wrote carry a contract
+        (tmp_path / name / "distillation.json").write_text("{}")
+    make_folder(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN} - {"best", "student"}
 
 
 def test_a_final_folder_appears_whole_or_not_at_all(tmp_path):
@@ -156,15 +205,12 @@ def test_a_final_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_signals_are_noted_and_the_second_interrupt_is_at_once():
-    class OneProcess:
-        num_processes = 1
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         stop = StopSignal()
-        assert not stop.requested(OneProcess)
+        assert not stop.requested()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested(OneProcess)
+        assert stop.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -180,7 +226,7 @@ def test_learning_rate_is_a_function_of_the_step(kind, ends):
     parser = arguments.make_parser("")
     arguments.add_optimization_arguments(parser, learning_rate=1.0, train_batch_size=1, max_train_steps=12)
     args = parser.parse_args(["--lr_scheduler", kind, "--lr_warmup_steps", "2"])
-    rates = [arguments.learning_rate_at(step, args) for step in range(12)]
+    rates = [learning_rate_at(step, args) for step in range(12)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx(ends, rel=1e-2)
 
@@ -190,18 +236,18 @@ def test_the_embedded_default_and_a_model_without_data(tmp_path):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     args = parser.parse_args([])
-    arguments.use_embedded_default(args)
+    use_embedded_default(args)
     # A checkout that was moved still resumes its runs.
-    assert arguments.resume_identity(args)["pretrained_model_name_or_path"] == "assets/tiny-sd"
+    assert resume_identity(args)["pretrained_model_name_or_path"] == "assets/tiny-sd"
     assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(TINY_SD)
     for foreign in ("a/b", "segmind/tiny-sd"):
-        with pytest.raises(arguments.UsageError, match="--dataset_name shapes"):
-            arguments.use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", foreign]))
+        with pytest.raises(UsageError, match="--dataset_name shapes"):
+            use_embedded_default(parser.parse_args(["--pretrained_model_name_or_path", foreign]))
     for name, parent in (("student", "/elsewhere/assets/tiny-sd"), ("its_student", str(tmp_path / "student"))):
         (tmp_path / name).mkdir()
         write_distillation(tmp_path / name, parent=parent, guidance="baked", guidance_scale=1.0)
         args = parser.parse_args(["--pretrained_model_name_or_path", str(tmp_path / name)])
-        arguments.use_embedded_default(args)
+        use_embedded_default(args)
         assert args.dataset_name == "shapes"
 
 

@@ -101,7 +101,7 @@ def load_output(pipelines, run, variant):
 
 
 def embedding(pipeline, scale, unet, count=2):
-    return guidance_embedding(pipeline, torch.full((count,), scale), unet.config.time_cond_proj_dim)
+    return guidance_embedding(pipeline, torch.full((count,), scale), unet)
 
 
 # The method
