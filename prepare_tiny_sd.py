@@ -483,6 +483,9 @@ def write_pipeline(args, accelerator, tokenizer):
     pipeline = build_pipeline(objective.eval(), vae).to(dtype=torch.float16)
     if accelerator.is_main_process:
         pipeline.save_pretrained(folder)
+        # transformers loads what the config says, diffusers fp32 unless told otherwise: so they load alike.
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     accelerator.wait_for_everyone()
     pipeline.to(accelerator.device, torch.float32)
     reader = SceneReader.from_pretrained(Path(args.output_dir) / "tiny-reader")

@@ -67,7 +67,7 @@ class Dinov2Features:
 
     def __init__(self, path, resolution, device, dtype):
         try:
-            self.model = Dinov2Model.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+            self.model = Dinov2Model.from_pretrained(path, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError) as error:
             said = str(error).splitlines()[0]
             raise ModelError(f"--feature_model_name_or_path {path}: the model does not load ({said})") from None

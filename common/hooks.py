@@ -13,7 +13,7 @@ def register_checkpoint_hooks(accelerator, trained, emas):
     """Make save_state / load_state write and read only the trained weights and their averages, as safetensors.
 
     trained: dict of name to dict of parameters; emas: dict of name to EMA, of those that have one. Frozen models are
-    never saved, so a LoRA's checkpoint is megabytes. An EMA's update count follows from the step: it is not stored.
+    never saved, so a LoRA's checkpoint is megabytes. An EMA's update count is in the run's state.
     """
 
     def save(models, weights, folder):
