@@ -126,7 +126,7 @@ def parse_args(argv=None):
     add("--inception_path", help="FID: torch-fidelity's Inception weights, a file or 'download' (default: no FID)")
     add("--lpips_trunk_path", help=f"{arguments.LPIPS_HELP} (default: no LPIPS)")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="outputs/evaluate", help="where results, plots and images go")
+    add("--output_dir", "--outdir", default="outputs/evaluate", help="where results, plots and images go")
     add(
         "--save_images",
         type=arguments.natural,
@@ -269,7 +269,7 @@ def plan_sampling(model, args):
 
 def plan_captions(args, models):
     """(captions or None, their data set or None, whether they are the held-out ones of shapes). Raises UsageError."""
-    pipelines = [model.pipeline for model in models if model.kind != "images"]
+    pipelines = [model.pipeline["path"] for model in models if model.kind != "images"]
     if args.prompts_file:
         return read_prompts_file(args.prompts_file), None, False
     if args.data_dir or args.dataset_name not in (None, "shapes"):

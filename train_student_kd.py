@@ -18,7 +18,6 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -29,7 +28,7 @@ from common.compression import students
 from common.compression.manifest import read_manifest
 from common.compression.projections import make_student
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict
-from common.contract import TINY_SD, make_contract, read_distillation, read_teacher
+from common.contract import TINY_SD, make_contract, parent_source, read_distillation, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
@@ -148,15 +147,15 @@ def check_arguments(args):
     chain = args.chain_schedule or []
     if any(later >= earlier for earlier, later in zip(chain[:-1], chain[1:])):
         raise UsageError(f"--chain_schedule {' '.join(map(str, chain))}: every chain must be shorter than the last.")
+    if chain and chain[0] > 1000:
+        raise UsageError(f"--chain_schedule {chain[0]} is more than the model's 1000 timesteps.")
     if args.student_model and args.pretrained_model_name_or_path is None:
-        read_manifest(args.student_model)
-        parent = read_distillation(args.student_model)  # the teacher that the student was cut out of
-        if parent.get("parent") and Path(parent["parent"]).resolve() != TINY_SD:
-            args.pretrained_model_name_or_path = parent["parent"]
-            args.revision, args.variant = (
-                args.revision or parent.get("revision"),
-                args.variant or parent.get("variant"),
-            )
+        # The teacher that the student was cut out of, as it was taken then.
+        origin = {**read_distillation(args.student_model), "parent": read_manifest(args.student_model).get("parent")}
+        source = parent_source(origin, args.student_model)
+        if source["path"] != str(TINY_SD):
+            args.pretrained_model_name_or_path = source["path"]
+            args.revision, args.variant = args.revision or source["revision"], args.variant or source["variant"]
 
 
 def settle_weights(args, from_contract):
@@ -224,6 +223,9 @@ def student_scheduler(args, scheduler, teacher_schedule):
     if args.prediction_type:
         scheduler = type(scheduler).from_config(scheduler.config, prediction_type=args.prediction_type)
     lengths = args.chain_schedule or [teacher_schedule.num_train_timesteps]
+    if lengths[0] > teacher_schedule.num_train_timesteps:
+        whole = teacher_schedule.num_train_timesteps
+        raise UsageError(f"--chain_schedule {lengths[0]}: the teacher has {whole} timesteps and no more.")
     try:
         chains = [student_timesteps(ddim_scheduler(scheduler, length), length) for length in lengths]
     except ValueError as error:

@@ -264,7 +264,6 @@ def main(args):
     scheduler = pipeline.scheduler  # of a few-step teacher: it was trained for this one
     if not contract["steps"]:
         scheduler = ddim_scheduler(scheduler, STEPS)
-        scheduler.register_to_config(steps_offset=1)  # trailing timesteps have none; stock pipelines complain of 0
 
     # 2 trained, in fp32
     encoder = make_student(args, run, teacher, tokenizer, dataset)

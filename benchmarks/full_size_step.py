@@ -88,7 +88,7 @@ def main():
             prepare = [
                 sys.executable,
                 str(ROOT / "prepare_unet_small.py"),
-                "--variant",
+                "--student_variant",
                 "sd_tiny",
                 "--pretrained_model_name_or_path",
                 str(pipeline),

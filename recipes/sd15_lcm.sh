@@ -9,7 +9,7 @@ accelerate launch --num_processes 1 train_lcm.py \
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --data_dir "${DATA:?}" \
     --lora_rank 64 --lora_alpha 64 --lora_targets to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 \
     conv1 conv2 conv_shortcut downsamplers.0.conv upsamplers.0.conv time_emb_proj \
-    --num_ddim_timesteps 50 --guidance_scale 7.5 --learning_rate 1e-4 --lr_warmup_steps 100 \
+    --num_ddim_steps 50 --guidance_scale 7.5 --learning_rate 1e-4 --lr_warmup_steps 100 \
     --batch_size 8 --gradient_accumulation_steps 8 --max_steps 4000 --mixed_precision fp16 --gradient_checkpointing \
     --random_flip --dataloader_num_workers 4 --checkpointing_steps 500 --checkpoints_total_limit 3 \
     --validation_prompts "a photo of a red bicycle leaning on a brick wall" "a bowl of fruit on a wooden table" \

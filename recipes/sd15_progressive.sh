@@ -14,5 +14,5 @@ common=(--data_dir "${DATA:?}" --random_flip --dataloader_num_workers 4 --batch_
     --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --guidance fixed --guidance_scale 7.5 \
     --learning_rate 1e-5 --lr_warmup_steps 100 --max_steps 5000 --run_name sd15_guided
 accelerate launch --num_processes 1 train_progressive.py "${common[@]}" \
-    --pretrained_model_name_or_path checkpoints/sd15_guided/final --start_steps 64 --end_steps 4 \
+    --pretrained_model_name_or_path checkpoints/sd15_guided/final --start_steps 64 --num_inference_steps 4 \
     --steps_per_stage 5000 --last_stages_steps 10000 --learning_rate 1e-5 --run_name sd15_progressive "$@"

@@ -9,7 +9,7 @@ bash recipes/tiny_flash_lora.sh
 bash recipes/tiny_lcm.sh
 bash recipes/tiny_progressive.sh
 source recipes/common/launch.sh
-launch train_progressive.py --start_steps 32 --end_steps 1 --steps_per_stage 220 --last_stages_steps 410 \
+launch train_progressive.py --start_steps 32 --num_inference_steps 1 --steps_per_stage 220 --last_stages_steps 410 \
     --learning_rate 2e-4 --batch_size $((32 / processes)) --checkpointing_steps 110 --checkpoints_total_limit 2 \
     --output_dir outputs/progressive_short --resume_from_checkpoint latest
 launch evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \

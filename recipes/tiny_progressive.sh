@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common/launch.sh
-launch train_progressive.py --start_steps 32 --end_steps 1 \
+launch train_progressive.py --start_steps 32 --num_inference_steps 1 \
     --steps_per_stage 250 --last_stages_steps 300 600 1600 2500 --lora_rank 64 --lora_alpha 64 \
     --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 1.5e-3 --batch_size $((32 / processes)) \

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common/launch.sh
-launch train_progressive.py --start_steps 512 --end_steps 4 --steps_per_stage 100 --last_stages_steps 200 \
+launch train_progressive.py --start_steps 512 --num_inference_steps 4 --steps_per_stage 100 --last_stages_steps 200 \
     --lora_rank 32 --lora_alpha 32 --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
     --learning_rate 2e-3 --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \
     --output_dir outputs/progressive_512 --resume_from_checkpoint latest "$@"

@@ -1,18 +1,15 @@
 """What tests of several scripts share: short runs, killed runs, checkpoints compared, mistakes, stock diffusers."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
-from conftest import ROOT, environment, launch, launch_command, run_main
+from conftest import launch, run_main
 from safetensors.torch import load_file
 
-from common.checkpoint import checkpoints_in
 from common.run import run_script
 
 QUICK = ["--train_batch_size", 4, "--report_to", "none", "--resolution", 32]
@@ -69,28 +66,6 @@ def wait_for(condition, process, seconds=240):
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
         assert time.time() < deadline, "the run did not get there in time"
         time.sleep(0.2)
-
-
-def kill_9_after(checkpoint, script, *arguments, processes=1):
-    """Launch a script and kill -9 it once `checkpoint`, its first one, is complete. It leaves no later one."""
-    command = launch_command(script, *arguments, processes=processes)
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for((checkpoint / "state.json").is_file, process)
-    # torch's launcher gives each worker a session of its own, so killing the launcher's group would spare them.
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
-    for _, later in checkpoints_in(checkpoint.parent)[1:]:
-        shutil.rmtree(later)  # it may have got further before the signal
 
 
 KILLED_WHILE_SAVING = """

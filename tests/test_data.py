@@ -19,7 +19,7 @@ from PIL import Image
 
 from common.data import GlobalBatchSampler, ShapesDataset, build_dataloader, collate, load_dataset_from_args
 from common.errors import DataError
-from common.randomness import sample_generator
+from common.randomness import STREAMS, sample_generator
 from common.shapes import caption_of, training_sample
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
@@ -456,7 +456,14 @@ def test_collate_without_images():
 
 
 def test_sample_generator_streams():
-    state = np.random.SeedSequence([1, 2, 3]).generate_state(1, np.uint64)[0]
-    expected = torch.rand(3, generator=torch.Generator().manual_seed(int(state)))
-    assert torch.equal(torch.rand(3, generator=sample_generator(1, 2, 3)), expected)
-    assert not torch.equal(torch.rand(3, generator=sample_generator(1, 2, 3, stream=1)), expected)
+    """The numbers of the streams are those of every run that there ever was: a resumed one draws as it did."""
+    for name, number in STREAMS.items():
+        key = [1, 2, 3] if name == "noise" else [1, 2, 3, number]
+        state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+        expected = torch.rand(3, generator=torch.Generator().manual_seed(int(state)))
+        assert torch.equal(torch.rand(3, generator=sample_generator(1, 2, 3, name)), expected)
+    numbers = {"noise": 0, "augmentation": 1, "order": 2, "crop": 3, "evaluation": 4}
+    assert {**STREAMS, **numbers} == STREAMS and len(set(STREAMS.values())) == len(STREAMS)
+    assert torch.equal(sample_generator(1, 2, 3).get_state(), sample_generator(1, 2, 3, "noise").get_state())
+    with pytest.raises(KeyError, match="crops"):
+        sample_generator(1, 2, 3, "crops")

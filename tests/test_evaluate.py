@@ -110,7 +110,7 @@ def test_images_are_those_of_inference(judged, root, tmp_path):
     """Scheduler, guidance and noise are what inference.py takes for the same output."""
     _, rows = judged
     flags = ["--lora_path", root / "final", "--held_out_captions", 5, "--clip_model", "none", "--reader", "none"]
-    run_in_process(inference, *flags, "--outdir", tmp_path, "--batch_size", 2, "--device", "cpu", "--steps", 1, 2)
+    run_in_process(inference, *flags, "--output_dir", tmp_path, "--batch_size", 2, "--device", "cpu", "--steps", 1, 2)
     for row, entry in zip(rows[2:], read_json(tmp_path / "results.json")["configurations"]):
         for mine, theirs in zip(row["files"], entry["files"], strict=True):
             assert np.abs(np.asarray(Image.open(mine), int) - np.asarray(Image.open(tmp_path / theirs))).max() <= 1
@@ -139,6 +139,23 @@ def test_a_folder_scores_as_its_pipeline_and_features_are_kept(judged, tmp_path,
     assert again["frechet_clip"] != same["frechet_clip"] and len(list((tmp_path / "kept").iterdir())) == 2
     (again, _) = run(tmp_path, *SHAPES, *others)
     assert again["frechet_clip"] == same["frechet_clip"] and len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_the_recorded_variant_of_a_loras_parent_is_judged_without_a_flag(judged, root, pipelines, tmp_path):
+    parent, lora = tmp_path / "parent", tmp_path / "lora"
+    DiffusionPipeline.from_pretrained(pipelines("sd")).save_pretrained(parent, variant="fp16")
+    shutil.copytree(root / "final", lora)
+    contract = read_json(lora / "distillation.json")
+    write_distillation(lora, **{**contract, "parent": str(parent), "variant": "fp16"})
+    (row,) = run(tmp_path, *SHAPES, "--models", lora)
+    assert row["steps"] == 2 and all(row[name] == judged[1][-1][name] for name in (*JUDGED, *evaluate.SIZES))
+
+
+def test_the_folder_has_an_alias(root, tmp_path):
+    flags = ["--models", root / "five", "--prompts_file", root / "prompts.txt", "--cache_dir", tmp_path / "kept"]
+    flags += ["--clip_model", ROOT / "assets/tiny-clip"]
+    run_in_process(evaluate, *flags, "--outdir", tmp_path / "out")
+    assert (tmp_path / "out/results.json").is_file()
 
 
 def test_keys_of_kept_features(root, tmp_path):
@@ -198,7 +215,7 @@ def test_inception_is_torchmetrics_and_reads_tensors_only(root, tmp_path, monkey
     assert features.shape == (2, 2048) and torch.equal(features, network(images))
     torch.save({"code": FakeInception()}, tmp_path / "pickle.pth")
     for name in ("empty.pth", "pickle.pth"):
-        with pytest.raises(ValueError, match=f"--inception_path .*{name} does not hold"):
+        with pytest.raises(ValueError, match=f"--inception_path .*{name}: .* does not hold them"):
             metrics.load_inception(tmp_path / name)
 
 
@@ -365,12 +382,15 @@ def test_reference_and_trained_steps(root, pipelines, tmp_path):
         (["--steps", "2000"], "1000 timesteps"),
         (["--resolution", "33"], "--resolution 33 is not a multiple of 4"),
         (["--inception_path", "{root}/no.pth"], "--inception_path {root}/no.pth: there is no such file"),
-        (["--inception_path", "{root}/one.txt"], "--inception_path {root}/one.txt does not hold"),
+        (
+            ["--inception_path", "{root}/one.txt"],
+            "--inception_path {root}/one.txt: torch-fidelity's Inception weights: it does not hold",
+        ),
         (["--lpips_trunk_path", "{root}/one.txt"], "LPIPS compares two outputs"),
         (["--models", "{sd}", "{tiny}", "{root}/five", "--resolution", "33"], "multiple of 4"),
         (["--clip_model", "{root}/nowhere"], "--clip_model: No CLIP judge at"),
         (["--reader", "{root}/nowhere"], "--reader {root}/nowhere: there is no scene reader"),
-        (["--output_dir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
+        (["--outdir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
         (["--cache_dir", "{root}/one.txt/out"], "--cache_dir {root}/one.txt/out can't be made"),
         (["--dtype", "fp16"], "needs a GPU"),
     ],

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_random_lora
+from conftest import ROOT, read_json, run_in_process, save_random_lora
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler
 from launching import error_of
 from PIL import Image
@@ -30,7 +31,7 @@ PROMPTS = shapes.held_out_captions(2)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """tiny-sd's architecture, a LoRA as train_flash_lora.save_final writes it, and the judges: random weights."""
+    """tiny-sd's architecture, a LoRA as train_flash_lora.py writes it, and the judges: random weights."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tokenizer = prepare_tiny_sd.build_tokenizer()
@@ -48,7 +49,7 @@ def folders(tmp_path_factory):
 
 def run(folders, outdir, *flags):
     """inference.py in this process."""
-    defaults = ["--clip_model", "none", "--reader", "none", "--outdir", str(outdir), "--device", "cpu"]
+    defaults = ["--clip_model", "none", "--reader", "none", "--output_dir", str(outdir), "--device", "cpu"]
     inference.main(inference.parse_args([*defaults, *map(str, flags)]))
     return json.loads((Path(outdir) / "results.json").read_text())["configurations"]
 
@@ -79,7 +80,7 @@ def launched(folders, tmp_path_factory):
             str(folders / "clip"),
             "--reader",
             str(folders / "reader"),
-            "--outdir",
+            "--output_dir",
             str(outdir),
             "--device",
             "cpu",
@@ -219,6 +220,32 @@ def test_image_to_image(folders, tmp_path):
     assert one.shape == other.shape and not np.array_equal(one, other)
 
 
+def test_the_recorded_variant_of_the_parent_is_taken_without_a_flag(folders, tmp_path):
+    """A LoRA, and a whole student's teacher, whose parent is saved as variant fp16 alone; another model has none."""
+    parent, lora, student = (tmp_path / name for name in ("parent", "lora", "student"))
+    DiffusionPipeline.from_pretrained(folders / "assets/tiny-sd").save_pretrained(parent, variant="fp16")
+    shutil.copytree(folders / "final", lora)
+    contract = {**read_json(lora / "distillation.json"), "parent": str(parent), "variant": "fp16"}
+    write_distillation(lora, **contract)
+    flags = ["--lora_path", lora, "--prompt", *PROMPTS]
+    rows = run(folders, tmp_path / "out", *flags, "--compare_baseline", "--baseline_steps", 1)
+    assert [row["role"] for row in rows] == ["baseline", "undistilled", "student"]
+    report = read_json(tmp_path / "out/results.json")
+    assert (report["model"], report["variant"], report["teacher"]) == (str(parent), "fp16", str(parent))
+    run(folders, tmp_path / "plain", *flags, "--pretrained_model_name_or_path", folders / "assets/tiny-sd")
+    assert np.array_equal(*(images_of(tmp_path / name, "student 2 steps") for name in ("out", "plain")))
+    shutil.copytree(folders / "assets/tiny-sd", student)
+    write_distillation(student, **contract)
+    flags = ["--pretrained_model_name_or_path", student, "--prompt", *PROMPTS, "--compare_baseline"]
+    assert len(run(folders, tmp_path / "student-out", *flags, "--baseline_steps", 1)) == 3
+
+
+def test_the_folder_has_an_alias(folders, tmp_path):
+    flags = ["--lora_path", folders / "final", "--prompt", PROMPTS[0], "--steps", 1, "--clip_model", "none"]
+    run_in_process(inference, *flags, "--reader", "none", "--outdir", tmp_path / "out", "--device", "cpu")
+    assert (tmp_path / "out/results.json").is_file()
+
+
 def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatch):
     real_features = inference.metrics.shapes_real_features
     monkeypatch.setattr(inference, "MIN_FRECHET_IMAGES", 4)
@@ -318,9 +345,12 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
         (["--dtype", "fp16"], "needs a GPU"),
         (["--cpu_offload"], "needs a CUDA GPU"),
         (["--seed", "-1"], "negative"),
-        (["--outdir", "{models}/init.png"], "not a folder"),
-        (["--outdir", "{models}/init.png/out"], "init.png/out can't be made or written (Not a directory)"),
-        (["--outdir", "/dev/fd"], "--outdir /dev/fd can't be made or written"),
+        (["--output_dir", "{models}/init.png"], "--output_dir {models}/init.png is a file, not a folder"),
+        (
+            ["--outdir", "{models}/init.png/out"],
+            "init.png/out can't be made or written (Not a directory)",
+        ),  # an alias,
+        (["--output_dir", "/dev/fd"], "--output_dir /dev/fd can't be made or written"),
         (["--clip_model", "{models}/nowhere"], "--clip_model: No CLIP judge at '{models}/nowhere'"),
         (["--clip_model", "{models}/assets/tiny-sd"], "--clip_model: No CLIP judge at '{models}/assets/tiny-sd'"),
         (["--reader", "{models}/nowhere"], "--reader {models}/nowhere: there is no scene reader"),
@@ -329,11 +359,11 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
     ],
 )
 def test_mistakes_are_one_sentence(folders, baked, tmp_path, capsys, monkeypatch, flags, sentence):
-    monkeypatch.setattr(inference, "load_pipeline", lambda *_: pytest.fail("a pipeline was loaded first"))
+    monkeypatch.setattr(inference, "load_pipeline", lambda *_, **__: pytest.fail("a pipeline was loaded first"))
     (folders / "empty.txt").write_text("\n \n")
     flags = [flag.format(models=folders, baked=baked) for flag in flags]
     sentence = sentence.format(models=folders)
-    before = ["--device", "cpu", "--outdir", str(tmp_path), "--clip_model", "none", "--reader", "none"]
+    before = ["--device", "cpu", "--output_dir", str(tmp_path), "--clip_model", "none", "--reader", "none"]
     error = error_of(inference, [*before, *flags], capsys)
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
 
@@ -344,7 +374,7 @@ def test_out_of_gpu_memory_is_one_sentence(folders, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(inference, "generate", too_large)
     flags = ["--lora_path", folders / "final", "--clip_model", "none", "--reader", "none", "--device", "cpu"]
-    flags += ["--outdir", tmp_path, "--batch_size", 48]
+    flags += ["--output_dir", tmp_path, "--batch_size", 48]
     error = error_of(inference, flags, capsys).splitlines()[-1]  # after the bars of loading
     assert error.startswith("error: Out of GPU memory at --batch_size 48 and 32 pixels")
 

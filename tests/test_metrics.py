@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import random_pipeline
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from common import shapes
+from common.errors import UsageError
 from common.judging import metrics
-from common.judging.metrics import ClipJudge, SceneReader
+from common.judging.metrics import ClipJudge, SceneReader, decoded_lpips
 
 PAIR = next(scene for scene in shapes.held_out_scenes() if scene[1] and scene[2] != scene[5] and scene[3] != scene[6])
 ALONE = next(scene for scene in shapes.held_out_scenes() if not scene[1])
@@ -310,3 +312,41 @@ def test_judge_images(judge):
         assert len(values) == 5 and low <= mean <= high and mean == pytest.approx(np.mean(values))
     assert row["frechet"] == pytest.approx(metrics.frechet_distance(real, judge.pooled_features(pixels)))
     assert list(metrics.judge_images(pixels, ["a dog"] * 5, judge)) == ["clip_score", "per_image"]
+
+
+def test_lpips_compares_the_same_random_crop_per_sample(monkeypatch):
+    monkeypatch.setattr(metrics, "LPIPS_CROP", 4)
+    vae, sizes = random_pipeline("sd").vae.requires_grad_(False), []
+
+    def network(a, b):
+        sizes.append(tuple(a.shape))
+        return (a - b).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    x0, target = torch.randn(4, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 8, 8)
+    distance = decoded_lpips(network, vae, 0, 7, [0, 1, 2, 3], x0, target)
+    assert distance.shape == (4,) and sizes == [(4, 3, 16, 16)]
+    distance.sum().backward()
+    crops = (x0.grad != 0).any(dim=1).flatten(1)
+    assert crops.sum(dim=1).tolist() == [16] * 4 and len(crops.unique(dim=0)) > 1
+    assert decoded_lpips(network, vae, 0, 7, [0, 1, 2, 3], x0, x0).abs().max() == 0
+    other_rank = decoded_lpips(network, vae, 0, 7, [2, 3], x0[2:], target[2:])
+    torch.testing.assert_close(other_rank, distance[2:])
+    monkeypatch.setattr(metrics, "LPIPS_CROP", 32)
+    decoded_lpips(network, vae, 0, 7, [0, 1, 2, 3], x0, target)
+    assert sizes[-1] == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("load, flag", [("load_lpips", "--lpips_trunk_path"), ("load_inception", "--inception_path")])
+def test_weights_that_can_not_be_had_are_one_sentence(tmp_path, monkeypatch, load, flag):
+    """Of a file, or of a download, which offline fails: a user's to mend, as it says which flag takes a file."""
+
+    def offline(*_, **__):
+        raise OSError("<urlopen error: no network>\nand more")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "broken.pth").write_text("no")
+    for path, said in ((tmp_path / "broken.pth", "does not hold them"), ("download", "can't be fetched")):
+        with pytest.raises(UsageError, match=f"{flag} {path}: .* {said}") as error:
+            getattr(metrics, load)(path)
+        assert "\n" not in str(error.value)

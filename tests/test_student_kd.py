@@ -6,21 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from conftest import random_pipeline, read_json, run_in_process
 from contract import assert_contract
-from diffusers import UNet2DConditionModel
-from launching import SHAPES, assert_every_flag_has_help, error_of, quick_student
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from launching import error_of, quick_student
 
 import train_student_kd
-from common.compression import students
-from common.conditioning import Conditioning, encode_empty_prompt, encode_prompts
-from common.diffusion import NoiseSchedule
+from common.compression import projections, students
+from common.conditioning import Conditioning, encode_empty_prompt, encode_prompts, predict
+from common.diffusion import NoiseSchedule, min_snr_weights
 from common.errors import UsageError
+from common.hooks import FeatureTap
 from common.optimization import learning_rate_at
 from common.pipelines import load_pipeline
 from common.schedulers import ddim_scheduler, student_timesteps
-from train_student_kd import chain_index, draw, kd_loss, min_snr_weights, ramp
+from train_student_kd import chain_index, draw, kd_loss, noisy_pair, ramp, student_scheduler
 
 # The method
 
@@ -114,6 +114,15 @@ def test_an_emptied_caption_is_its_samples_alone(kind):
         assert isinstance(mixed, Conditioning) and mixed.pooled_prompt_embeds is None
 
 
+def test_without_a_task_sampling_starts_from_what_the_teacher_knows():
+    schedule = NoiseSchedule(random_pipeline("sd").scheduler)
+    x, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([999, 500])
+    z, target = noisy_pair(SimpleNamespace(task_weight=0.5), schedule, x, noise, t)
+    assert torch.equal(z, schedule.add_noise(x, noise, t)) and torch.equal(target, noise)
+    pure, none = noisy_pair(SimpleNamespace(task_weight=0.0), schedule, x, noise, t)
+    assert none is None and torch.equal(pure[0], noise[0]) and torch.equal(pure[1], z[1])
+
+
 # What a step computes
 
 
@@ -128,6 +137,45 @@ def spy_losses(monkeypatch):
 
     monkeypatch.setattr(train_student_kd, "kd_loss", spy)
     return seen
+
+
+def test_both_unets_are_asked_the_same_and_their_outputs_compared(pipelines, students, tmp_path, monkeypatch):
+    """One forward of each a micro-batch, the teacher's without a graph; half of the captions are emptied."""
+    asked, lost, probed = [], [], []
+
+    def spy_predict(unet, z, timesteps, conditioning):
+        output = predict(unet, z, timesteps, conditioning)
+        asked.append((z, timesteps, conditioning.prompt_embeds, output))
+        return output
+
+    def spy_loss(*arguments):
+        lost.append(arguments)
+        return kd_loss(*arguments)
+
+    monkeypatch.setattr(train_student_kd, "predict", spy_predict)
+    monkeypatch.setattr(train_student_kd, "kd_loss", spy_loss)
+    monkeypatch.setattr(projections, "predict", lambda *given: probed.append(given) or predict(*given))
+    more = ["--caption_dropout_start", 0.5, "--caption_dropout_end", 1, "--kd_alpha_end", 0.25, "--kd_weight", 3]
+    more += ["--task_weight", 2, "--feature_weight", 0.5, "--gradient_accumulation_steps", 2, "--batch_size", 2]
+    run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small", (8, 16)), tmp_path, *more))
+    assert len(asked) == 8 and len(lost) == 4 and len(probed) == 2
+    empty = encode_empty_prompt(load_pipeline(pipelines()), 32).prompt_embeds[0]
+    for number, (teacher, student, arguments) in enumerate(zip(asked[::2], asked[1::2], lost)):
+        step, part = divmod(number, 2)
+        assert all(torch.equal(a, b) for a, b in zip(teacher[:3], student[:3]))
+        output, teacher_output, target, pairs, sample_weights, *weights = arguments
+        assert torch.equal(output, student[3]) and torch.equal(teacher_output, teacher[3])
+        assert output.requires_grad and not teacher_output.requires_grad
+        positions = range(2 * part, 2 * part + 2)
+        noise, timesteps, dropped = draw(
+            SimpleNamespace(seed=0), step, positions, (4, 8, 8), range(999, -1, -1), (0.5, 1)[step]
+        )
+        assert torch.equal(target, noise) and torch.equal(student[1], timesteps)
+        assert [torch.equal(embeds, empty) for embeds in student[2]] == dropped.tolist()
+        assert sample_weights.tolist() == [1, 1] and weights == [2, 3 * (1, 0.25)[step], 0.5]
+        assert len(pairs) == 4 and all(own.shape == theirs.shape for own, theirs in pairs)
+        if step == 0:  # projections start at zero
+            assert all(bool((own == 0).all()) for own, _ in pairs)
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
@@ -203,7 +251,10 @@ def test_a_few_step_teachers_timesteps_are_the_students(pipelines, students, tmp
     run_in_process(train_student_kd, *arguments)
     assert set(drawn) == {999, 499} and all(task == 0 for _, task, _, _ in seen)
     own = read_json(tmp_path / "out/final/distillation.json")
-    assert own == {**contract, "method": "student_kd", "parent": str(teacher)}
+    origin = {"parent": str(teacher), "revision": None, "variant": None}
+    assert own == {**contract, "method": "student_kd", **origin}
+    with pytest.raises(UsageError, match="--chain_schedule: the teacher has timesteps of its own"):
+        run_in_process(train_student_kd, *arguments, "--chain_schedule", 500)
 
 
 def test_a_student_with_its_own_text_encoder_gets_its_own_embeddings(pipelines, students, tmp_path, monkeypatch):
@@ -235,7 +286,7 @@ def test_sd_tiny_of_sd15_has_features_of_equal_sizes():
         inputs = torch.zeros(1, 4, 8, 8), torch.zeros(1)
         shapes = []
         for unet, names in zip((student, teacher), zip(*manifest["feature_pairs"])):
-            with train_student_kd.FeatureTap(unet.to("meta"), names) as tap:
+            with FeatureTap(unet.to("meta"), names) as tap:
                 unet(*inputs, encoder_hidden_states=torch.zeros(1, 77, 768))
             shapes.append([tap.features[name].shape for name in names])
     assert shapes[0] == shapes[1] and len(shapes[0]) == 6
@@ -244,76 +295,77 @@ def test_sd_tiny_of_sd15_has_features_of_equal_sizes():
 # Mistakes
 
 MISTAKES = [
-    (["--pretrained_model_name_or_path", "no/such/folder"], "--pretrained_model_name_or_path no/such/folder"),
     (["--student_model", "nowhere"], "compression.json"),
     (["--student_model", "{plain}"], "compression.json"),
     (["--student_model", "{broken}"], "compression.json"),
+    (["--student_model", "{pairs}"], "names no feature_pairs"),
     (["--student_model", "{latents}"], "its latents' scale"),
     (["--student_model", "{text}"], "its text width"),
     (["--student_model", "{betas}"], "its noise schedule"),
     (["--student_model", "{names}"], "no_such_block"),
     (["--student_model", "{sizes}"], "of different sizes"),
+    (["--pretrained_model_name_or_path", "{embedded}"], "guidance scale is an input of its UNet"),
     (["--task_weight", "0", "--kd_weight", "0"], "--task_weight"),
     (["--random_latents", "--task_weight", "1"], "--random_latents"),
     (["--random_latents", "--kd_weight", "0"], "--kd_weight"),
-    (["--chain_schedule", "500", "1000"], "--chain_schedule"),
-    (["--chain_schedule", "2000", "1000"], "--chain_schedule"),
+    (["--chain_schedule", "500", "1000"], "--chain_schedule 500 1000"),
+    (["--chain_schedule", "2000", "1000"], "--chain_schedule 2000"),
     (["--eval_steps", "1", "--num_eval_images", "1"], "--num_eval_images"),
-    (["--eval_steps", "1", "--lpips_trunk_path", "nowhere.pth"], "--lpips_trunk_path"),
+    (["--eval_steps", "1", "--lpips_trunk_path", "nowhere.pth"], "--lpips_trunk_path nowhere.pth"),
+    (["--eval_steps", "1", "--inception_path", "{tmp}"], "--inception_path"),
+    (["--eval_steps", "10", "--clip_model", "none"], "--eval_steps has no judge"),
     (["--eval_steps", "1", "--clip_model", "{tmp}"], "No CLIP judge"),
     (["--eval_steps", "1", "--eval_data_dir", "nowhere"], "--eval_data_dir nowhere"),
-    (["--eval_steps", "1", "--eval_data_dir", "{plain}"], "no judge"),
+    (["--eval_steps", "1", "--eval_data_dir", "{plain}"], "--eval_steps has no judge"),
     (["--eval_steps", "1", "--eval_data_dir", "{plain}", "--clip_model", "{tmp}"], "--eval_data_dir"),
-    (["--report_to", "no_such_tracker"], "--report_to"),
-    (["--resume_from_checkpoint", "checkpoint-7"], "checkpoint-7"),
-    (["--data_dir", "nowhere"], "nowhere"),
-    (["--resolution", "30"], "--resolution"),
 ]
+# What the weights or a judge must be loaded for; all else is said from flags and small files alone.
+LOADED = ("its noise schedule", "no_such_block", "of different sizes", "--chain_schedule 2000", "No CLIP judge")
+LOADED += ("--eval_data_dir",)  # a folder that is there, whose images can't be read
 
 
-def broken_students(good, folder):
-    """{name: folder} of students that can't learn from the random pipeline."""
+def broken_models(teacher, student, folder):
+    """{name: folder} of a teacher that can't be used, and of students that can't learn from the random pipeline."""
     made = {}
 
-    def copy(name, file=None, **changes):
+    def copy(name, file, source=student, **changes):
         made[name] = folder / name
-        shutil.copytree(good, made[name])
-        if file:
-            (made[name] / file).write_text(json.dumps({**read_json(made[name] / file), **changes}))
+        shutil.copytree(source, made[name])
+        (made[name] / file).write_text(json.dumps({**read_json(made[name] / file), **changes}))
 
-    copy("plain")
+    copy("plain", "compression.json")
     (made["plain"] / "compression.json").unlink()
-    copy("broken")
+    copy("broken", "compression.json")
     (made["broken"] / "compression.json").write_text("{")
+    copy("pairs", "compression.json", feature_pairs=[])
     copy("latents", "vae/config.json", scaling_factor=0.1)
     copy("text", "unet/config.json", cross_attention_dim=48)
     copy("betas", "scheduler/scheduler_config.json", beta_end=0.02)
     copy("names", "compression.json", feature_pairs=[["no_such_block", "mid_block"]])
     copy("sizes", "compression.json", feature_pairs=[["down_blocks.0", "up_blocks.1"]])
+    copy("embedded", "unet/config.json", teacher, time_cond_proj_dim=256)
     return made
 
 
 @pytest.mark.parametrize("wrong, said", MISTAKES, ids=[" ".join(wrong) for wrong, _ in MISTAKES])
 def test_mistakes_are_one_sentence(pipelines, students, tmp_path, capsys, wrong, said):
-    made = broken_students(students("sd", "sd_small"), tmp_path)
+    student = students("sd", "sd_small")
+    made = broken_models(pipelines(), student, tmp_path)
     wrong = [word.format(tmp=tmp_path, **made) for word in wrong]
-    data = [] if "--data_dir" in wrong else SHAPES
-    arguments = quick_student(pipelines, students("sd", "sd_small"), tmp_path / "out", *wrong, data=data)
-    error = error_of(train_student_kd, arguments, capsys)
-    assert said in error and error.count("error: ") == 1 and "Traceback" not in error, error
-    # What needs the models comes after their bars.
-    loaded = ("its noise schedule", "no_such_block", "of different sizes", "No CLIP judge", "--eval_data_dir")
-    assert error.startswith("error: ") or said in loaded
-    assert error.strip().splitlines()[-1].startswith("error: ")
+    error = error_of(train_student_kd, quick_student(pipelines, student, tmp_path / "out", *wrong), capsys)
+    bars, sentence, more = error.partition("error: ")
+    assert said in sentence + more and more.count("\n") == 1 and "Traceback" not in error, error
+    assert said in LOADED or (bars == "" and not (tmp_path / "out").exists())
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_training_is_refused(pipelines, students, tmp_path, monkeypatch, kind):
-    accelerator = SimpleNamespace(distributed_type=kind)
-    monkeypatch.setattr(train_student_kd, "Accelerator", lambda **options: accelerator)
-    with pytest.raises(UsageError, match="DDP only"):
-        run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path))
-
-
-def test_every_flag_has_help(monkeypatch):
-    assert_every_flag_has_help(train_student_kd, monkeypatch)
+def test_a_scheduler_that_the_student_cannot_learn_with_is_refused():
+    """At zero terminal SNR there is no image in z, and epsilon says nothing of it."""
+    args = SimpleNamespace(student_model="here", prediction_type="epsilon", chain_schedule=None)
+    zero = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(UsageError, match="--prediction_type epsilon"):
+        student_scheduler(args, zero, NoiseSchedule(zero))
+    args.prediction_type, args.chain_schedule = None, [1000, 300]
+    scheduler, chains = student_scheduler(args, zero, NoiseSchedule(zero))
+    assert scheduler.config.prediction_type == "v_prediction" and [len(chain) for chain in chains] == [1000, 300]
+    with pytest.raises(UsageError, match="--student_model here: its noise schedule"):
+        student_scheduler(args, DDIMScheduler(), NoiseSchedule(zero))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import DiffusionPipeline
 from transformers import AutoConfig, AutoTokenizer
 
 import prepare_tiny_sd
@@ -92,6 +93,16 @@ def test_tiny_sd_has_the_structure_of_sd15():
     assert contract["guidance"] == "cfg" and contract["guidance_scale"] > 1
 
 
+def loads_in_one_dtype(folder):
+    """Where none is named transformers takes the config's and diffusers fp32."""
+    components = DiffusionPipeline.from_pretrained(folder).components.values()
+    return {part.dtype for part in components if isinstance(part, torch.nn.Module)} == {torch.float32}
+
+
+def test_tiny_sd_loads_with_no_dtype_named():
+    assert loads_in_one_dtype(ASSETS / "tiny-sd")
+
+
 @pytest.mark.parametrize("folder", ["tiny-clip", "tiny-sd/text_encoder"])
 def test_the_end_of_text_is_the_tokenizers(folder):
     config = AutoConfig.from_pretrained(ASSETS / folder)
@@ -144,6 +155,7 @@ def test_every_part_trains_and_a_second_run_trains_nothing(tmp_path):
     assert "| teacher, 50 DDIM steps" in first and "| VAE reconstructions" in first
     weights = {file: file.read_bytes() for file in (tmp_path / "assets").rglob("*.safetensors")}
     assert {file.parent.name for file in weights} == {"tiny-reader", "tiny-clip", "unet", "vae", "text_encoder"}
+    assert loads_in_one_dtype(tmp_path / "assets" / "tiny-sd")
     second = subprocess.run([*command, "--parts", *trained], check=True, capture_output=True, text=True).stdout
     assert "loss" not in second and all(f"{part}: resuming at step 2 of 2" in second for part in trained)
     assert weights == {file: file.read_bytes() for file in (tmp_path / "assets").rglob("*.safetensors")}

@@ -1,4 +1,4 @@
-"""Evaluation during training: a model generates for fixed captions, and the judges of common/metrics.py score it.
+"""Evaluation during training: a model generates for fixed captions, and the judges of common/judging/metrics.py score it.
 
 No image is written, and training is not disturbed: image i starts from the noise of (seed, i), and no global random
 number is drawn. Every process generates its share; the main one judges.
@@ -19,7 +19,8 @@ from common.judging.results import load_judges
 from common.randomness import sample_generator
 
 BATCH = 16  # images per forward
-METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1}  # what decides the best; 1: higher
+# What decides the best, the first that was measured; 1: higher is better. The reader judges shapes without a CLIP too.
+METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1, "scene_accuracy": 1}
 
 
 class Evaluation:
@@ -135,11 +136,8 @@ def check_evaluation(args):
         raise UsageError("--eval_steps needs --eval_data_dir: images with captions that are not trained on.")
     if args.num_eval_images < 2:
         raise UsageError("--num_eval_images 1 is not enough: a Fréchet distance needs two images.")
-    for name in ("inception_path", "lpips_trunk_path", "eval_data_dir"):
-        path = getattr(args, name)
-        fetched = path == "download" and name != "eval_data_dir"
-        if path is not None and not fetched and not Path(path).exists():
-            raise UsageError(f"--{name} {path}: there is no such file.")
+    if args.eval_data_dir is not None and not Path(args.eval_data_dir).exists():
+        raise UsageError(f"--eval_data_dir {args.eval_data_dir}: there is no such file.")
     shapes_clip = args.clip_model is None and args.eval_data_dir is None  # tiny-clip judges by default
     clip = shapes_clip or args.clip_model not in (None, "none")
     if not (clip or args.inception_path or args.lpips_trunk_path):
@@ -149,9 +147,12 @@ def check_evaluation(args):
 def better(best, figures, step):
     """`best` ({"metric", "value", "step"} or None), or these figures of `step` where they are better.
 
-    The first of METRICS that was measured decides. A run resumed with other judges starts to compare anew.
+    The first of METRICS that was measured decides; where none was, nothing is better. A run resumed with other judges
+    starts to compare anew.
     """
-    metric = next(name for name in METRICS if name in figures)
+    metric = next((name for name in METRICS if name in figures), None)
+    if metric is None:
+        return best
     value = figures[metric]
     if best is not None and best["metric"] == metric and METRICS[metric] * (value - best["value"]) <= 0:
         return best

@@ -65,8 +65,8 @@ QUALITY = {  # what `plot` draws, and which way is better
 }
 
 
-def make_outdir(path, flag="--outdir"):
-    """Make --outdir. Raises UsageError where it can't be made or written: else that would show hours later."""
+def make_outdir(path, flag="--output_dir"):
+    """Make --output_dir. Raises UsageError where it can't be made or written: else that would show hours later."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
