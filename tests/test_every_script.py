@@ -48,8 +48,7 @@ SCRIPTS = {  # four optimizer steps of each, on a random pipeline
     "train_guided": [],
     "train_progressive": ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 2],
     "train_add": ["--num_inference_steps", 2],
-    # Small gradients of large losses: an update linear in them tells rounding from a mistake.
-    "train_student_kd": ["--learning_rate", 2e-3, "--adam_epsilon", 1e-2],
+    "train_student_kd": [],
     "train_text_encoder_kd": [],
 }
 LORA = {
@@ -271,9 +270,12 @@ def test_too_many_skipped_updates_in_a_row_end_a_run(pipelines, tmp_path, capsys
     assert [step for step, _ in checkpoints_in(tmp_path)] == [2, 3]
 
 
-@every_script
+# Of train_student_kd.py, whose features come out of traced graphs, its own file compares six steps.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS if "student" not in name]
+)
 def test_compiled_is_the_plain_run_under_the_same_names(pipelines, uninterrupted, tmp_path, compiled, name):
-    more = ["--torch_compile"]
+    more = ["--torch_compile", "--gradient_checkpointing"]
     run_in_process(importlib.import_module(name), *flags(pipelines, name, tmp_path, *more, steps=2))
     assert compiled
     assert_same(name, tmp_path, uninterrupted(name), step=2, **SPLIT)
@@ -583,8 +585,8 @@ def test_a_script_is_short_and_reads_in_the_order_of_the_house(name):
     (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert main.end_lineno - main.lineno + 1 <= 130 and text.count("\n") <= 450
     body = text[text.index("def main(args):") :]
-    order = """check_arguments(args)|settle(args)|read_teacher(args|load_dataset_from_args(args|open_run(args|# 1 frozen
-        |# 2 trained|# 3 optimizer|run.register(|while run.step|set_learning_rate(|accelerator.accumulate(|run.count(
+    order = """check_arguments(args)|settle(args)|read_teacher(args|load_dataset_from_args(args|open_run(args
+        |# 1 frozen|# 2 trained|# 3 optimizer|run.register(|while run.step|set_learning_rate(|accelerator.accumulate(|run.count(
         |save_student|export(run|run.end("""
     order = [words.strip() for words in order.split("|")]
     assert not [words for words in order if words not in body]

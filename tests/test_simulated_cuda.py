@@ -178,16 +178,18 @@ def test_flash_waits_for_the_device_four_times_a_step(reports, case):
     """A wait leaves the GPU idle until the host has caught up. A new one in the loop must be worth it, and stand here.
 
     teacher_timesteps computes the roll-out's timesteps in float64 on the CPU: it reads where the samples start and
-    where they end, 2. main reads the loss and the gradient's norm to log them, 2. Nothing else does: not the clipping,
-    nor the GradScaler of fp16, as the fused AdamW skips a step on the device.
+    where they end, 2. update asks whether the gradient is finite, 1, and Run.count reads what is logged, in one go, 1.
+    Nothing else does: not the clipping, nor the GradScaler of fp16, as the fused AdamW skips a step on the device.
     """
     report, _ = reports(case)
     assert report["error"] is None, report["error"]
     assert len(report["steps"]) == 3  # from each of four steps to the next
     for step in report["steps"]:
         waits = {(site["function"], site["kind"]): site["count"] for site in step["syncs"]}
-        assert waits == {("teacher_timesteps", "to cpu"): 2, ("main", "item"): 2}, step["syncs"]
-        # Copies to the device: pixels, token ids (for SDXL of two encoders, and the sizes), noise and slots, the roll-out's timesteps.
+        assert waits == {("teacher_timesteps", "to cpu"): 2, ("update", "item"): 1, ("count", "to cpu"): 1}, step[
+            "syncs"
+        ]
+        # Copies to the device: pixels, token ids (of two encoders, and sizes, for SDXL), noise, slots, timesteps.
         assert sum(site["count"] for site in step["uploads"]) == (5 if STEADY[case][0] == "sd" else 7), step["uploads"]
 
 

@@ -21,7 +21,7 @@ from common.schedulers import ddim_scheduler, student_timesteps
 
 SCRIPT = ROOT / "train_student_kd.py"
 # Every schedule at once: all are functions of the step alone.
-SCHEDULES = ["--kd_alpha_end", 0.25, "--caption_dropout_end", 0.5, "--chain_schedule", 1000, 500, 250]
+SCHEDULES = ["--kd_alpha_end", 0.25, "--caption_dropout_end", 0.5, "--chain_schedule", 1000, 500, 20]
 SCHEDULES += ["--lr_scheduler", "one_cycle", "--snr_gamma", 5]
 NARROW = ("sd_small", (8, 16))  # half the width, no middle block: with projections
 assert_same = partial(assert_same_checkpoints, name="student")
@@ -60,11 +60,11 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, students, 
 
 def test_a_chain_decides_how_the_output_is_sampled(uninterrupted):
     pipeline, contract = load_pipeline(uninterrupted / "final"), read_json(uninterrupted / "final/distillation.json")
-    assert (contract["steps"], contract["target"]) == (250, "next")
-    assert contract["timesteps"] == list(range(999, 0, -4))
-    assert student_timesteps(pipeline.scheduler, 250) == contract["timesteps"]
+    assert (contract["steps"], contract["target"]) == (20, "next")
+    assert contract["timesteps"] == list(range(999, 0, -50))
+    assert student_timesteps(pipeline.scheduler, 20) == contract["timesteps"]
     assert_contract(pipeline, pipeline.scheduler, contract, 10)
-    assert_contract(pipeline, pipeline.scheduler, contract, 25)
+    assert_contract(pipeline, pipeline.scheduler, contract, 20)
 
 
 def test_the_default_student_is_sd_small_of_the_teacher(pipelines, tmp_path):
@@ -94,6 +94,14 @@ def test_the_students_parent_is_the_default_teacher(pipelines, tmp_path, variant
     contract = read_json(tmp_path / "run/final/distillation.json")
     assert (contract["parent"], contract["variant"]) == (teacher, variant)
     assert contract["revision"] == ("main" if variant else None)
+
+
+def test_compiled_is_the_plain_run_under_the_same_names(pipelines, students, uninterrupted, tmp_path, compiled):
+    """Features are read out of traced graphs too."""
+    arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path, *SCHEDULES, "--torch_compile", steps=6)
+    run_in_process(train_student_kd, *arguments)
+    assert len(compiled) == 2
+    assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
 
 
 def test_every_trained_weight_moves_and_projections_stay_out_of_the_output(uninterrupted):
@@ -183,18 +191,23 @@ def test_only_inception_makes_it_a_fid(pipelines, students, tmp_path, capsys, mo
     assert "fid " in said and best_of(tmp_path / "out/checkpoint-1")["metric"] == "fid"
 
 
-def test_evaluation_in_two_processes_is_that_of_one(pipelines, students, tmp_path):
+def test_evaluation_in_two_processes_is_that_of_one(pipelines, students, tmp_path, capsys):
     """Five images over two processes: shares differ, figures do not."""
-    lines = []
-    for processes in (1, 2):
-        more = ["--eval_steps", 2, "--num_eval_images", 5, "--eval_inference_steps", 2]
-        more += ["--batch_size", 2 // processes, "--learning_rate", 1e-9]
-        arguments = quick_student(pipelines, students("sd", *NARROW), tmp_path / str(processes), *more)
-        output = launch(SCRIPT, *arguments, processes=processes).stdout
-        line = next(line for line in output.splitlines() if "Evaluation at step 2:" in line)
-        words = line.partition("Evaluation at step 2: ")[2].rstrip(".").split(", ")
-        lines.append({name: float(value) for name, value in (word.split() for word in words)})
-    assert lines[0] == pytest.approx(lines[1], rel=1e-2, abs=1e-3)
+
+    def arguments(processes):
+        more = ["--eval_steps", 1, "--num_eval_images", 5, "--eval_inference_steps", 2, "--learning_rate", 1e-9]
+        more += ["--batch_size", 2 // processes]
+        return quick_student(pipelines, students("sd", *NARROW), tmp_path / str(processes), *more, steps=1)
+
+    def figures(output):
+        (line,) = (line for line in output.splitlines() if "Evaluation at step 1: " in line)
+        words = line.partition("Evaluation at step 1: ")[2].rstrip(".").split(", ")
+        return {name: float(value) for name, value in (word.split() for word in words)}
+
+    run_in_process(train_student_kd, *arguments(1))
+    one = figures(capsys.readouterr().out)
+    assert one == pytest.approx(figures(launch(SCRIPT, *arguments(2), processes=2).stdout), rel=1e-2, abs=1e-3)
+    assert best_of(tmp_path / "2/checkpoint-1")["step"] == 1 and (tmp_path / "2/best/model_index.json").is_file()
 
 
 def test_held_out_images_of_a_folder_are_judged(pipelines, students, tmp_path):

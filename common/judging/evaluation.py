@@ -1,4 +1,4 @@
-"""Evaluation during training: a model generates for fixed captions, and the judges of common/judging/metrics.py score it.
+"""Evaluation during training: a model generates for fixed captions, and the judges of metrics.py score it.
 
 No image is written, and training is not disturbed: image i starts from the noise of (seed, i), and no global random
 number is drawn. Every process generates its share; the main one judges.
