@@ -152,7 +152,7 @@ def check_arguments(args):
     if args.student_model and args.pretrained_model_name_or_path is None:
         # The teacher that the student was cut out of, as it was taken then.
         origin = {**read_distillation(args.student_model), "parent": read_manifest(args.student_model).get("parent")}
-        source = parent_source(origin, args.student_model)
+        source = parent_source(origin, args.student_model) if origin["parent"] else {"path": str(TINY_SD)}
         if source["path"] != str(TINY_SD):
             args.pretrained_model_name_or_path = source["path"]
             args.revision, args.variant = args.revision or source["revision"], args.variant or source["variant"]

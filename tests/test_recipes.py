@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 
 import train_student_kd
+from common.contract import TINY_SD
 from common.settle import settle
 
 RECIPES = [(path.stem, {}) for path in sorted((ROOT / "recipes").glob("*.sh"))] + [("sd15_student_kd", {"SEED": "1"})]
@@ -50,7 +51,7 @@ def test_commands_are_accepted(commands, recipe, environment, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     # What no recipe needs before it runs: the models of the hub, and students that its own lines make.
     monkeypatch.setattr("common.settle.read_pipeline_config", lambda *_: (None, 512, 8))
-    monkeypatch.setattr(train_student_kd, "read_manifest", lambda folder: {})
+    monkeypatch.setattr(train_student_kd, "read_manifest", lambda folder: {"parent": str(TINY_SD)})
     ran = commands(recipe, **environment)
     assert ran
     for script, *words in ran:
