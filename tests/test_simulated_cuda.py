@@ -130,7 +130,7 @@ def parameters(names):
     return [pytest.param(name, marks=pytest.mark.xdist_group(f"simulated_cuda_{batch_of(name)}")) for name in names]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reports(pipelines, tmp_path_factory):
     """`reports(name)`: a job's report and the folder of its run, if it has one. A batch runs when first asked for."""
     made = {}

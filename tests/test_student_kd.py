@@ -320,7 +320,7 @@ MISTAKES = [
     (["--eval_steps", "1", "--eval_data_dir", "{plain}", "--clip_model", "{tmp}"], "--eval_data_dir"),
 ]
 # What the weights or a judge must be loaded for; all else is said from flags and small files alone.
-LOADED = ("its noise schedule", "no_such_block", "of different sizes", "--chain_schedule 2000", "No CLIP judge")
+LOADED = ("its noise schedule", "no_such_block", "of different sizes", "No CLIP judge")
 LOADED += ("--eval_data_dir",)  # a folder that is there, whose images can't be read
 
 
@@ -367,5 +367,8 @@ def test_a_scheduler_that_the_student_cannot_learn_with_is_refused():
     args.prediction_type, args.chain_schedule = None, [1000, 300]
     scheduler, chains = student_scheduler(args, zero, NoiseSchedule(zero))
     assert scheduler.config.prediction_type == "v_prediction" and [len(chain) for chain in chains] == [1000, 300]
+    short = DDIMScheduler(num_train_timesteps=500)
+    with pytest.raises(UsageError, match="--chain_schedule 1000: the teacher has 500 timesteps"):
+        student_scheduler(args, short, NoiseSchedule(short))
     with pytest.raises(UsageError, match="--student_model here: its noise schedule"):
         student_scheduler(args, DDIMScheduler(), NoiseSchedule(zero))
