@@ -35,7 +35,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.5,
         {
             "a run": "settle  run\noutputs",
-            "judging/": "metrics  image_sets\nresults  sampling\nevaluation  previews",
+            "judging/": "metrics  image_sets\nresults  sampling  planning\nevaluation  previews",
             "compression/": "students  projections\nmanifest",
         },
     ),
