@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from common.compression import pruned_models
 from common.conditioning import is_sdxl
 from common.diffusion import NoiseSchedule
 from common.errors import ModelError, first_line
@@ -77,6 +78,29 @@ def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_p
     return PIPELINES[name], unet["sample_size"] * factor, factor
 
 
+def component_class(path, name, revision=None):
+    """The class of a pipeline's component where its folder (or hub id) says that it is a pruned one, else None.
+
+    Of this repository's own file, never of the copy that lies beside the weights. Raises ModelError where it has no
+    such class.
+    """
+    entry = DiffusionPipeline.load_config(path, revision=revision).get(name)
+    if not isinstance(entry, list | tuple) or entry[0] != pruned_models.NAME:
+        return None
+    kind = str(entry[1])
+    found = getattr(pruned_models, kind, None) if kind.startswith("Pruned") else None
+    if found is None:
+        raise ModelError(f"{path}: its {name} is a {kind}, which this version of the repository does not know.")
+    return found
+
+
+def load_pruned(path, **options):
+    """{component: model} of those components of a pipeline that were pruned to widths of their own."""
+    index = DiffusionPipeline.load_config(path, revision=options.get("revision"))
+    classes = {name: component_class(path, name, options.get("revision")) for name in index if name[0] != "_"}
+    return {name: kind.from_pretrained(path, subfolder=name, **options) for name, kind in classes.items() if kind}
+
+
 def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
     """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
 
@@ -86,10 +110,9 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
     extras = {}
     if pipeline_class is StableDiffusionPipeline:
         extras = {"safety_checker": None, "requires_safety_checker": False}
+    options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
     try:
-        pipeline = pipeline_class.from_pretrained(
-            path, dtype=dtype, revision=revision, variant=variant, use_safetensors=True, **extras
-        )
+        pipeline = pipeline_class.from_pretrained(path, **load_pruned(path, **options), **options, **extras)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{flag} {path}: the pipeline does not load ({first_line(error)})") from None
     for module in pipeline.components.values():
@@ -125,7 +148,8 @@ def load_unet(args, student_model=None):
     origin = {} if student_model else {"revision": args.revision, "variant": args.variant}
     path = student_model or args.pretrained_model_name_or_path
     options = {"subfolder": "unet", "dtype": torch.float32, "use_safetensors": True, **origin}
-    return UNet2DConditionModel.from_pretrained(path, **options)
+    unet_class = component_class(path, "unet", origin.get("revision")) or UNet2DConditionModel
+    return unet_class.from_pretrained(path, **options)
 
 
 def set_up(module, args, *more):
@@ -203,7 +227,7 @@ def with_guidance_input(unet, embedding_dim=256):
     """
     if unet.config.time_cond_proj_dim is not None:
         return unet
-    copy = UNet2DConditionModel.from_config({**unet.config, "time_cond_proj_dim": embedding_dim})
+    copy = type(unet).from_config({**unet.config, "time_cond_proj_dim": embedding_dim})
     missing, unexpected = copy.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     copy.time_embedding.cond_proj.weight.zero_()  # torch's own initialisation is random
