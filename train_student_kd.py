@@ -25,8 +25,8 @@ from accelerate.utils import broadcast_object_list
 from common import arguments
 from common.arguments import weight
 from common.compression import students
+from common.compression.distillation import kd_loss, make_student
 from common.compression.manifest import read_manifest
-from common.compression.projections import make_student
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict
 from common.contract import TINY_SD, make_contract, parent_source, read_distillation, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
@@ -105,25 +105,6 @@ def parse_args(argv=None):
 
 def share(text):
     return 1.0 if float(text) == 1 else arguments.fraction(text)
-
-
-def kd_loss(output, teacher_output, target, pairs, sample_weights, task_weight, kd_weight, feature_weight):
-    """w_task |o_s - o|^2 + w_kd |o_s - o_T|^2 + w_feat sum_k |f_k^s - f_k^T|^2 / |f_k^T|^2: (loss, its three terms).
-
-    output, teacher_output, target: o_s, o_T and o, (B, C, H, W), of one prediction type; kd_weight: alpha w_kd; target
-    None: no task term. pairs: list of (f_k^s, f_k^T), (B, C_k, H_k, W_k) each; an error is relative to its own
-    sample's teacher feature, or large features would dominate. sample_weights (B,): of the output errors, Min-SNR's or
-    ones. Means over samples, in fp32; the terms are scalars without their weights.
-    """
-    task = output.new_zeros(()) if target is None else (output - target).square().mean(dim=(1, 2, 3))
-    kd = (output - teacher_output).square().mean(dim=(1, 2, 3))
-    features = output.new_zeros(())
-    for student_feature, teacher_feature in pairs:
-        student_feature, teacher_feature = student_feature.float().flatten(1), teacher_feature.float().flatten(1)
-        error = (student_feature - teacher_feature).square().sum(dim=1)
-        features = features + (error / teacher_feature.square().sum(dim=1).clamp(min=1e-12)).mean()
-    task, kd = (sample_weights * task).mean(), (sample_weights * kd).mean()
-    return task_weight * task + kd_weight * kd + feature_weight * features, (task, kd, features)
 
 
 def ramp(start, end, step, max_train_steps):
@@ -348,7 +329,8 @@ def main(args):
 
     # 2 trained, in fp32
     pairs = manifest["feature_pairs"] if args.feature_weight else []
-    plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, unconditional, teacher_unconditional, pairs)
+    empty = unconditional, teacher_unconditional
+    plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, args.student_model)
     set_up(unet, args, teacher.unet)
     parameters = trainable(plain)
     ema = EMA(parameters, args.ema_decay)

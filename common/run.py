@@ -221,11 +221,16 @@ class Run:
     def register(self, trained, averages):
         """Say what checkpoints hold, load the one that the run resumes from, start trackers and bar.
 
-        trained: {name: {name: parameter}}; averages: {name: EMA} of those that have one.
+        trained: {name: {name: parameter}}; averages: {name: EMA} of those that have one. Called again, where what is
+        trained has become another model, it only says what checkpoints hold from here on.
         """
-        self.trained, self.averages = trained, averages
+        for ours, theirs in ((self.trained, trained), (self.averages, averages)):  # the hooks know these two
+            ours.clear()
+            ours.update(theirs)
+        if self.bar is not None:
+            return
         self.state.setdefault("skipped", {})  # name to [updates skipped in all, in a row]
-        register_checkpoint_hooks(self.accelerator, trained, averages)
+        register_checkpoint_hooks(self.accelerator, self.trained, self.averages)
         if self.checkpoint:
             checkpoints.load_checkpoint(self.accelerator, self.checkpoint)
             for name, ema in averages.items():

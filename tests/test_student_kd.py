@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from launching import error_of, quick_student
 
 import train_student_kd
-from common.compression import projections, students
+from common.compression import distillation, students
 from common.conditioning import Conditioning, encode_empty_prompt, encode_prompts, predict
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.errors import UsageError
@@ -154,7 +154,7 @@ def test_both_unets_are_asked_the_same_and_their_outputs_compared(pipelines, stu
 
     monkeypatch.setattr(train_student_kd, "predict", spy_predict)
     monkeypatch.setattr(train_student_kd, "kd_loss", spy_loss)
-    monkeypatch.setattr(projections, "predict", lambda *given: probed.append(given) or predict(*given))
+    monkeypatch.setattr(distillation, "predict", lambda *given: probed.append(given) or predict(*given))
     more = ["--caption_dropout_start", 0.5, "--caption_dropout_end", 1, "--kd_alpha_end", 0.25, "--kd_weight", 3]
     more += ["--task_weight", 2, "--feature_weight", 0.5, "--gradient_accumulation_steps", 2, "--batch_size", 2]
     run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small", (8, 16)), tmp_path, *more))

@@ -1,4 +1,7 @@
-"""A smaller UNet beside its teacher: features of other widths are compared through learned 1x1 projections."""
+"""A smaller UNet beside its teacher: the loss it learns by (BK-SDM, arXiv:2305.15798), and what reads their features.
+
+Features of other widths are compared through learned 1x1 projections.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,25 @@ from common.conditioning import predict
 from common.errors import UsageError
 from common.hooks import FeatureTap
 from common.pipelines import latent_shape
+
+
+def kd_loss(output, teacher_output, target, pairs, sample_weights, task_weight, kd_weight, feature_weight):
+    """w_task |o_s - o|^2 + w_kd |o_s - o_T|^2 + w_feat sum_k |f_k^s - f_k^T|^2 / |f_k^T|^2: (loss, its three terms).
+
+    output, teacher_output, target: o_s, o_T and o, (B, C, H, W), of one prediction type; kd_weight: alpha w_kd; target
+    None: no task term. pairs: list of (f_k^s, f_k^T), (B, C_k, H_k, W_k) each; an error is relative to its own
+    sample's teacher feature, or large features would dominate. sample_weights (B,): of the output errors, Min-SNR's or
+    ones. Means over samples, in fp32; the terms are scalars without their weights.
+    """
+    task = output.new_zeros(()) if target is None else (output - target).square().mean(dim=(1, 2, 3))
+    kd = (output - teacher_output).square().mean(dim=(1, 2, 3))
+    features = output.new_zeros(())
+    for student_feature, teacher_feature in pairs:
+        student_feature, teacher_feature = student_feature.float().flatten(1), teacher_feature.float().flatten(1)
+        error = (student_feature - teacher_feature).square().sum(dim=1)
+        features = features + (error / teacher_feature.square().sum(dim=1).clamp(min=1e-12)).mean()
+    task, kd = (sample_weights * task).mean(), (sample_weights * kd).mean()
+    return task_weight * task + kd_weight * kd + feature_weight * features, (task, kd, features)
 
 
 class Student(torch.nn.Module):
@@ -29,7 +51,7 @@ class Student(torch.nn.Module):
 
 
 @torch.no_grad()
-def build_projections(tap, teacher_tap, pairs, args):
+def build_projections(tap, teacher_tap, pairs, folder):
     """{name: 1x1 convolution} of the pairs of other widths, after a forward of both UNets. Raises UsageError.
 
     They start at zero: a random one would pull the student away from what it took over from its teacher.
@@ -39,8 +61,8 @@ def build_projections(tap, teacher_tap, pairs, args):
         own, theirs = tap.features[name].shape, teacher_tap.features[teacher_name].shape
         if own[2:] != theirs[2:]:
             raise UsageError(
-                f"{Path(args.student_model) / MANIFEST}: the feature pair {name}, "
-                f"{teacher_name} is of different sizes, {own[2:]} and {theirs[2:]}."
+                f"{Path(folder) / MANIFEST}: the feature pair {name}, {teacher_name} is of different sizes, "
+                f"{own[2:]} and {theirs[2:]}."
             )
         if own[1] != theirs[1]:
             projection = torch.nn.Conv2d(own[1], theirs[1], 1)
@@ -50,23 +72,24 @@ def build_projections(tap, teacher_tap, pairs, args):
     return projections
 
 
-def make_student(args, run, pipeline, teacher, unconditional, teacher_unconditional, pairs):
+def make_student(args, run, pipeline, teacher, empty, pairs, folder):
     """(Student, tap of its features, tap of the teacher's), with projections where widths differ.
 
-    One forward of both UNets says how large their features are. Raises UsageError where a pair doesn't fit.
+    One forward of both UNets, on `empty`, the conditionings of their empty captions, says how large their features
+    are. Raises UsageError, of the `folder` whose manifest names them, where a pair doesn't fit.
     """
     names, teacher_names = [name for name, _ in pairs], [name for _, name in pairs]
     try:  # on the plain modules, before anything wraps them
         tap, teacher_tap = FeatureTap(pipeline.unet, names), FeatureTap(teacher.unet, teacher_names)
     except KeyError as error:
-        raise UsageError(f"{Path(args.student_model) / MANIFEST}: feature_pairs: {error.args[0]}.") from None
+        raise UsageError(f"{Path(folder) / MANIFEST}: feature_pairs: {error.args[0]}.") from None
     shape = latent_shape(pipeline, args.resolution)
     probe = torch.zeros(1, *shape, device=run.device), torch.zeros(1, dtype=torch.long, device=run.device)
     with torch.no_grad(), run.accelerator.autocast():
-        predict(pipeline.unet, *probe, unconditional)
-        predict(teacher.unet, *probe, teacher_unconditional)
-    projections = build_projections(tap, teacher_tap, pairs, args)
-    if args.teacher_cpu_offload:
+        predict(pipeline.unet, *probe, empty[0])
+        predict(teacher.unet, *probe, empty[1])
+    projections = build_projections(tap, teacher_tap, pairs, folder)
+    if getattr(args, "teacher_cpu_offload", False):
         teacher.unet.to("cpu")
     student = Student(pipeline.unet, projections).to(run.device)
     pipeline.unet.requires_grad_(True)
