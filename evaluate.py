@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import snapshot_download
 from PIL import ImageOps
 
 from common import arguments
+from common.compression.lora_conversion import load_converted
 from common.contract import TINY_SD
 from common.errors import UsageError
 from common.judging import metrics, results
@@ -42,8 +42,7 @@ from common.judging.image_sets import open_image, real_features, sharded, to_pix
 from common.judging.planning import NUM_IMAGES, plan_captions, plan_models, plan_real_images
 from common.judging.previews import image_grid
 from common.judging.sampling import default_batch_size, sample_timed, slug
-from common.lora import load_lora
-from common.pipelines import keep_vae_right, load_pipeline
+from common.pipelines import keep_vae_right, load_pipeline, weight_files
 from common.randomness import sample_generator
 from common.run import run_script
 from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
@@ -191,7 +190,7 @@ def load_model(model, args, device):
     keep_vae_right(pipeline)
     if model.kind == "lora":
         pipeline.scheduler = saved_scheduler(model.path)
-        load_lora(pipeline, model.path, fuse=args.fuse_lora, flag="--models")
+        load_converted(pipeline, model.path, model.pipeline["path"], fuse=args.fuse_lora, flag="--models")
     return pipeline.to(device)
 
 
@@ -200,17 +199,7 @@ def sizes_of(model, pipeline):
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     text = counts["text_encoder"] + counts.get("text_encoder_2", 0)
-    folder, variant = Path(model.pipeline["path"]), model.pipeline["variant"]
-    if not folder.is_dir():
-        revision = model.pipeline["revision"]
-        folder = Path(snapshot_download(model.pipeline["path"], revision=revision, local_files_only=True))
-    weights = rf"(diffusion_pytorch_)?model(\.{re.escape(variant)})?" if variant else "(diffusion_pytorch_)?model"
-    files = [
-        file
-        for name in parts
-        for file in (folder / name).glob("*.safetensors")
-        if re.fullmatch(rf"{weights}(-\d+-of-\d+)?\.safetensors", file.name)
-    ]
+    files = [file for name in parts for file in weight_files(model.pipeline, name)]
     if model.kind == "lora":
         files.append(Path(model.path) / "pytorch_lora_weights.safetensors")
     sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))

@@ -36,12 +36,14 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from common import arguments, shapes
+from common.compression.lora_conversion import load_converted
+from common.compression.quantized_folders import quantization_of
 from common.contract import comes_from_tiny_sd, parent_source, pipeline_source, read_distillation, sampling_guidance
 from common.errors import UsageError
 from common.judging import metrics, results
 from common.judging.previews import image_grid
 from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
-from common.lora import check_lora_path, load_lora
+from common.lora import check_lora_path
 from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config
 from common.randomness import sample_generator
 from common.run import run_script
@@ -60,9 +62,7 @@ MIN_FRECHET_IMAGES = 200
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--pretrained_model_name_or_path", help="pipeline: folder or hub id (default: the LoRA's parent, else tiny-sd)"
-    )
+    add("--pretrained_model_name_or_path", help="pipeline: folder or hub id (default: the LoRA's parent or tiny-sd)")
     add("--revision", help="revision of the hub id (default: of the LoRA's parent, as recorded)")
     add("--variant", help="file variant of the pipeline, such as fp16 (default: of the LoRA's parent, as recorded)")
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
@@ -224,7 +224,7 @@ def load_model(source, args, lora=None):
         pipeline = image_to_image(pipeline)
     keep_vae_right(pipeline)
     if lora:
-        load_lora(pipeline, lora, args.lora_scale, args.fuse_lora)
+        load_converted(pipeline, lora, source["path"], args.lora_scale, args.fuse_lora)
     if args.attention_slicing:
         pipeline.enable_attention_slicing()
     if args.vae_slicing:
@@ -346,7 +346,7 @@ def report_of(args, plan, runs):
         "variant": plan.model["variant"],
         "lora": args.lora_path,
         "teacher": plan.teacher["path"],
-        "dtype": args.dtype,
+        "dtype": "as saved" if quantization_of(plan.model["path"], plan.model["revision"]) else args.dtype,
         "seed": args.seed,
         "batch_size": args.batch_size,
         "resolution": args.resolution,
@@ -390,7 +390,8 @@ def main(args):
             init_image = Image.open(args.init_image).convert("RGB")
         except OSError:
             raise UsageError(f"--init_image {args.init_image}: there is no image that can be read.") from None
-    args.resolution = args.resolution or read_pipeline_config(plan.model["path"], plan.model["revision"])[1]
+    native = read_pipeline_config(plan.model["path"], plan.model["revision"], quantized=True)[1]
+    args.resolution = args.resolution or native
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)
     clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)

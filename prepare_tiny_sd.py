@@ -15,6 +15,9 @@ Every part learns from scenes rendered on the fly (common/shapes.py), on one GPU
     accelerate launch --num_processes 2 prepare_tiny_sd.py --parts unet
 """
 
+import common  # noqa: F401  first: it silences what importing diffusers would say
+
+# isort: split
 import argparse
 import functools
 import json

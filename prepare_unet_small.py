@@ -19,6 +19,9 @@ These are BK-SDM's Base, Small and Tiny. Mind that Segmind calls Base "sd_small"
 transformers have several layers, half of those go too.
 """
 
+import common  # noqa: F401  first: it silences what importing diffusers would say
+
+# isort: split
 from pathlib import Path
 
 from accelerate.utils import set_seed

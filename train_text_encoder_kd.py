@@ -18,6 +18,9 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 <output_dir>/[<run_name>/]checkpoint-N/ and final/, a whole pipeline that stock diffusers opens.
 """
 
+import common  # noqa: F401  first: it silences what importing diffusers would say
+
+# isort: split
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig

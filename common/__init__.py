@@ -3,11 +3,22 @@
 import logging
 
 
-class _UnusedKernel(logging.Filter):
-    """bitsandbytes says on some CPUs that a 4-bit kernel of its own can't be fetched, which nothing here uses."""
+class _Without(logging.Filter):
+    """Drops the records that have these words in them."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
 
     def filter(self, record):
-        return "gemm_4bit_forward" not in record.getMessage()
+        return self.words not in record.getMessage()
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_UnusedKernel())
+for _logger, _words in {
+    # bitsandbytes says on some CPUs that a 4-bit kernel of its own can't be fetched, which nothing here uses.
+    "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward",
+    # diffusers looks for torchao's old tensor classes, which only pickles have; and torch minds how torchao registers.
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "register_constant() on Enum subclasses",
+}.items():
+    logging.getLogger(_logger).addFilter(_Without(_words))

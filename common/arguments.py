@@ -1,6 +1,7 @@
 """The flags that more than one script has: names, defaults, types and help. What they decide is decided elsewhere."""
 
 import argparse
+import re
 
 LPIPS_HELP = "LPIPS: torchvision's VGG-16 weights, a file or 'download'"
 
@@ -60,6 +61,22 @@ def fraction(text):
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
+
+
+def amount(text):
+    """("share", s) of a percentage such as 60%, or ("count", n) of a number such as 600M or 1.2GB."""
+    found = re.fullmatch(r"([0-9.]+)\s*(%|[KMG]?B?)", text.strip(), re.IGNORECASE)
+    try:
+        value = float(found[1])
+    except (TypeError, ValueError):
+        value = 0.0
+    if value <= 0 or (found[2] == "%" and value > 100):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a percentage up to 100%, such as 60%, nor a size like 600M"
+        )
+    if found[2] == "%":
+        return "share", value / 100
+    return "count", value * 1000 ** " KMG".index(found[2].upper().rstrip("B") or " ")
 
 
 def add_model_arguments(parser):
@@ -212,5 +229,10 @@ def add_runtime_arguments(parser):
         default=7200,
         help="seconds that processes wait for each other, such as for the main one's validation, before they give up",
     )
-    add("--export", choices=("fp16",), help="also write final-fp16/, a whole pipeline with the student in it")
+    add(
+        "--export",
+        choices=("fp16", "int8"),
+        nargs="+",
+        help="also write final-fp16/, final-int8/ (half its size) or both, whole pipelines with the student in them",
+    )
     return group

@@ -65,5 +65,8 @@ class FeatureTap:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
         for handle in self._handles:
             handle.remove()

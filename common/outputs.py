@@ -15,7 +15,9 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
 from common.checkpoint import FinalFolder
+from common.compression import pruned_models
 from common.compression.manifest import MANIFEST, write_manifest
+from common.compression.quantization import DTYPE, covered_notes, quantize_pipeline, stored_tensors
 from common.contract import CONTRACT, STEPS, parent_source, read_distillation, write_distillation
 from common.lora import WEIGHTS, merge_lora, save_lora
 from common.pipelines import load_pipeline
@@ -34,7 +36,7 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
         load = {} if source else {"revision": contract["revision"], "variant": contract["variant"]}
         pipeline = load_pipeline(source or contract["parent"], **load)
         pipeline.register_modules(**parts)
-        pipeline.scheduler, lora = scheduler, bool(getattr(pipeline.unet, "peft_config", None))
+        pipeline.scheduler, lora = scheduler, bool(getattr(parts.get("unet"), "peft_config", None))
         with FinalFolder(folder) as final:
             if lora:
                 save_lora(final, pipeline)
@@ -44,7 +46,7 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
             write_distillation(final, **contract)
             if manifest:
                 write_manifest(final, manifest)
-            usage = usage_of(contract, folder, scheduler if lora else None)
+            usage = usage_of(contract, folder, scheduler if lora else None, pruned=is_pruned(pipeline))
             if contract["steps"]:
                 notes = {**notes, "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}"}
             if lora:
@@ -57,27 +59,38 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
 
 
 def export(run, name="final"):
-    """<run>/final-<export>/, where --export asks for one: final/ as a whole pipeline, a LoRA merged, in FP16."""
-    if run.args.export and run.accelerator.is_main_process:
-        final, folder = (run.folder / name).absolute(), (run.folder / f"{name}-{run.args.export}").absolute()
-        lora, contract = (final / WEIGHTS).is_file(), read_distillation(final)
-        source = parent_source(contract, final) if lora else {"path": final}
-        pipeline = load_pipeline(dtype=torch.float16, **source)
-        if lora:  # merged before it is rounded
-            merged = open_output(final)
-            pipeline.unet, pipeline.scheduler = merged.unet.to(torch.float16), merged.scheduler
-        with FinalFolder(folder) as exported:
-            pipeline.save_pretrained(exported)
-            for file in (CONTRACT, MANIFEST):
-                if (final / file).is_file():
-                    shutil.copy(final / file, exported)
-            notes = {"made from": f"`{final}`, whose card says how it was trained"}
-            if lora:
-                notes["LoRA"] = "merged into the weights: no adapter is needed"
-            usage = usage_of(contract, folder, dtype=torch.float16)
-            write_model_card(exported, "The same in half precision", contract["parent"], usage, notes)
-            reopen(exported, pipeline)
+    """<run>/final-<kind>/ of each kind of --export, fp16 or int8: final/ as a whole pipeline, a LoRA merged."""
+    for kind in (run.args.export or ()) if run.accelerator.is_main_process else ():
+        final = (run.folder / name).absolute()
+        notes = {"made from": f"`{final}`, whose card says how it was trained"}
+        if (final / WEIGHTS).is_file():
+            notes["LoRA"] = "merged into the weights: no adapter is needed"
+        export_pipeline(open_output(final), final, run.folder / f"{name}-{kind}", kind, notes)
     run.accelerator.wait_for_everyone()
+
+
+def export_pipeline(pipeline, source, folder, kind, notes, backend="torchao", skip=()):
+    """`folder`: a pipeline in `kind`, "fp16" or "int8", with its own card, and `source`'s contract and manifest.
+
+    pipeline: in fp32, rounded here, in place; notes: {name: value}, of the card; backend, skip: of quantize_pipeline.
+    """
+    folder, contract = Path(folder).absolute(), read_distillation(source)
+    if kind == "int8":
+        quantize_pipeline(pipeline, backend, skip)
+        title, dtype, notes = "The same with INT8 weights", DTYPE, {**notes, **covered_notes(pipeline, backend)}
+    else:
+        title, dtype = "The same in half precision", torch.float16
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                torch.nn.Module.to(module, dtype)  # diffusers' own warns of layers to keep in fp32, even of none
+    with FinalFolder(folder) as exported:
+        pipeline.save_pretrained(exported)
+        for file in (CONTRACT, MANIFEST):
+            if (Path(source) / file).is_file():
+                shutil.copy(Path(source) / file, exported)
+        usage = usage_of(contract, folder, dtype=dtype, pruned=is_pruned(pipeline))
+        write_model_card(exported, title, contract.get("parent", source), usage, notes)
+        reopen(exported, pipeline)
 
 
 def open_output(folder):
@@ -107,7 +120,7 @@ def reopen(folder, pipeline, lora=False):
         for name, module in pipeline.components.items():
             if isinstance(module, torch.nn.Module):
                 files = {file.name: file for file in (folder / name).glob("*.safetensors")}
-                _compare(folder / name, files, module.state_dict())
+                _compare(folder / name, files, stored_tensors(module))
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     if scheduler["_class_name"] != type(pipeline.scheduler).__name__:
         raise RuntimeError(f"{folder} holds a {scheduler['_class_name']}, not a {type(pipeline.scheduler).__name__}")
@@ -122,7 +135,7 @@ def _compare(where, files, expected):
             found.update({name: file.get_slice(name) for name in file.keys()})
     # transformers leaves out what it makes anew; tied weights are stored once.
     missing = [name for name in expected if name not in found and not name.endswith("position_ids")]
-    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
     wrong = [
         name
         for name, value in expected.items()
@@ -137,11 +150,17 @@ def _compare(where, files, expected):
         raise RuntimeError(f"{where} was written without what is in memory: {name} differs or is missing")
 
 
-def usage_of(contract, folder, lora_scheduler=None, dtype=torch.float32):
+def is_pruned(pipeline):
+    """Whether a part of a pipeline is of a class whose code lies beside its weights."""
+    return any(type(part).__module__ == pruned_models.NAME for part in pipeline.components.values())
+
+
+def usage_of(contract, folder, lora_scheduler=None, dtype=torch.float32, pruned=False):
     """Code, for the card, that makes an image with the output in `folder`: as it is sampled, whatever the machine.
 
     It names a dtype: transformers keeps the one that was saved and diffusers does not, so that without it parts of
-    one pipeline may differ. lora_scheduler: of a LoRA, which goes on the pipeline that the contract names.
+    one pipeline may differ. lora_scheduler: of a LoRA, which goes on the pipeline that the contract names. pruned: see
+    is_pruned.
     """
     name = type(lora_scheduler).__name__
     where = [f'"{folder}"']
@@ -153,8 +172,12 @@ def usage_of(contract, folder, lora_scheduler=None, dtype=torch.float32):
         "import torch",
         f"from diffusers import DiffusionPipeline{'' if lora_scheduler is None else f', {name}'}",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({', '.join(where)}, dtype={dtype})",
     ]
+    where.append(f"dtype={dtype}")
+    if pruned:
+        lines.append("# pruned_models.py, beside the weights, is the code of the pruned parts.")
+        where.append("trust_remote_code=True")
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(where)})")
     if lora_scheduler is not None:
         lines += [
             f'pipe.load_lora_weights("{folder}")',

@@ -1,11 +1,14 @@
 """Pipelines: read one from its config files alone, load and freeze it, and compare two.
 
 UNet pipelines of Stable Diffusion 1.x and 2.x (one text encoder) and of SDXL (two, with a pooled embedding and time
-ids), from a folder or a hub id; safetensors only.
+ids), from a folder or a hub id; safetensors only. Those of FLUX, SD3 and PixArt, whose denoiser is a transformer, are
+for the scripts that only compress.
 """
 
+import inspect
 import json
 import logging
+import re
 from pathlib import Path
 
 import diffusers
@@ -13,14 +16,20 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import snapshot_download
 
 from common.compression import pruned_models
+from common.compression.quantized_folders import quantization_of, refuse_quantized, saved_dtype
 from common.conditioning import is_sdxl
 from common.diffusion import NoiseSchedule
 from common.errors import ModelError, first_line
@@ -28,6 +37,12 @@ from common.errors import ModelError, first_line
 PIPELINES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+TRANSFORMER_PIPELINES = {
+    "FluxPipeline": FluxPipeline,
+    "StableDiffusion3Pipeline": StableDiffusion3Pipeline,
+    "PixArtAlphaPipeline": PixArtAlphaPipeline,
+    "PixArtSigmaPipeline": PixArtSigmaPipeline,
 }
 
 
@@ -46,15 +61,21 @@ for _pipeline_class in PIPELINES.values():
     logging.getLogger(_pipeline_class.__module__).addFilter(_OnceFilter())
 
 
-def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_path"):
+def read_pipeline_config(
+    path, revision=None, flag="--pretrained_model_name_or_path", transformers=False, quantized=False
+):
     """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
 
     The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
     `flag`, where there is no pipeline of a known class or its scheduler has no NoiseSchedule: before gigabytes are
-    loaded.
+    loaded. transformers: whether TRANSFORMER_PIPELINES are taken too; quantized: whether weights may be quantized,
+    as only sampling takes them.
     """
+    known = {**PIPELINES, **TRANSFORMER_PIPELINES} if transformers else PIPELINES
     where = f"{flag} {path}"
     folder = Path(path)
+    if not quantized:
+        refuse_quantized(path, revision, flag)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
     if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
@@ -62,20 +83,26 @@ def read_pipeline_config(path, revision=None, flag="--pretrained_model_name_or_p
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         name = index["_class_name"]
-        if name not in PIPELINES:
-            raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(PIPELINES)}.")
-        unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+        if name not in known:
+            raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(known)}.")
+        denoiser = "unet" if name in PIPELINES else "transformer"
+        denoiser = UNet2DConditionModel.load_config(path, subfolder=denoiser, revision=revision)
         vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
         scheduler_class = getattr(diffusers, index["scheduler"][-1])
     except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(f"{where}: its config files can't be read ({first_line(error)})") from None
     try:
-        NoiseSchedule(scheduler_class.from_pretrained(path, subfolder="scheduler", revision=revision))
+        scheduler = scheduler_class.from_pretrained(path, subfolder="scheduler", revision=revision)
+        if name in PIPELINES:
+            NoiseSchedule(scheduler)
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
         # No file; an unknown prediction type or betas; a scheduler that needs scipy, say; one without a schedule.
         raise ModelError(f"{where}: {first_line(error)}.") from None
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return PIPELINES[name], unet["sample_size"] * factor, factor
+    if name in PIPELINES:
+        return known[name], denoiser["sample_size"] * factor, factor
+    # FLUX's config has no size of its own; transformers work on patches of 2 x 2 latents.
+    return known[name], denoiser.get("sample_size", 128) * factor, 2 * factor
 
 
 def component_class(path, name, revision=None):
@@ -102,11 +129,15 @@ def load_pruned(path, **options):
 
 
 def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
-    """A frozen SD1.x / SD2.x / SDXL pipeline in eval mode, from a folder or a hub id; safetensors only.
+    """A frozen pipeline in eval mode, from a folder or a hub id; safetensors only.
 
-    Raises ModelError (one sentence naming `flag`) where there is no such pipeline.
+    A quantized one comes in the dtype that the rest of it was saved in, whatever `dtype` says. Raises ModelError (one
+    sentence naming `flag`) where there is no such pipeline.
     """
-    pipeline_class, _, _ = read_pipeline_config(path, revision, flag)
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
+    if found := quantization_of(path, revision):
+        dtype = saved_dtype(path, revision)
+        print(f"{path}: {found} weights, the rest in {dtype}, as saved.", flush=True)
     extras = {}
     if pipeline_class is StableDiffusionPipeline:
         extras = {"safety_checker": None, "requires_safety_checker": False}
@@ -120,6 +151,22 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def weight_files(source, component):
+    """The weight files of a component of the pipeline that `source` (path, and revision, variant) names: a list."""
+    folder, variant = Path(source["path"]), source.get("variant")
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source["path"], revision=source.get("revision"), local_files_only=True))
+    weights = rf"(diffusion_pytorch_)?model(\.{re.escape(variant)})?" if variant else "(diffusion_pytorch_)?model"
+    files = (folder / component).glob("*.safetensors")
+    return [file for file in files if re.fullmatch(rf"{weights}(-\d+-of-\d+)?\.safetensors", file.name)]
+
+
+def default_guidance(path, revision=None):
+    """The guidance scale that a stock pipeline samples with where none is given."""
+    pipeline_class, _, _ = read_pipeline_config(path, revision, transformers=True)
+    return float(inspect.signature(pipeline_class.__call__).parameters["guidance_scale"].default)
 
 
 def load_frozen(args, run):
@@ -138,7 +185,8 @@ def keep_vae_right(pipeline):
 def image_to_image(pipeline):
     """The pipeline that starts from an image, of the same parts."""
     kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
-    pipeline = kind.from_pipe(pipeline, dtype=pipeline.unet.dtype)
+    arguments = {**pipeline.config, **pipeline.components}  # from_pipe would cast, which quantized models refuse
+    pipeline = kind(**{name: arguments[name] for name in inspect.signature(kind).parameters if name in arguments})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -14,6 +14,8 @@ STREAMS = {  # independent uses of one sample; a number, once used, is never giv
     "evaluation": 4,  # the noise that evaluation during training starts from
     "perturbation": 5,  # of features, for R1 by finite differences
     "discriminator": 6,  # the noise that a discriminator looks through
+    "calibration": 7,  # of pruning: what a pipeline is sampled from to be calibrated, and directions of Taylor terms
+    "report": 8,  # the noise that a report's images start from
 }
 
 

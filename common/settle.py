@@ -13,10 +13,11 @@ from common.lora import settle_lora
 from common.pipelines import read_pipeline_config
 
 
-def settle(args):
+def settle(args, transformers=False, needs_data=True):
     """Settle what the shared flags leave open (model, data, resolution, LoRA); refuse what can't work.
 
-    From flags and config files alone. Raises UsageError and ModelError.
+    From flags and config files alone. transformers: whether pipelines without a UNet are taken too; needs_data:
+    whether a model of one's own needs data of one's own. Raises UsageError and ModelError.
     """
     check_hardware(args)
     check_tracker(args)
@@ -31,11 +32,12 @@ def settle(args):
         file = getattr(args, name, None)
         if file not in (None, "download") and not Path(file).is_file():
             raise UsageError(f"--{name} {file}: there is no such file ('download' fetches the weights).")
-    use_embedded_default(args)
+    use_embedded_default(args, needs_data)
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():  # what is written names it, and is read from elsewhere
         args.pretrained_model_name_or_path = str(path.absolute())
-    _, native_resolution, factor = read_pipeline_config(args.pretrained_model_name_or_path, args.revision)
+    teacher = args.pretrained_model_name_or_path
+    _, native_resolution, factor = read_pipeline_config(teacher, args.revision, transformers=transformers)
     args.resolution = args.resolution or native_resolution
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
@@ -61,7 +63,7 @@ def check_tracker(args):
         )
 
 
-def use_embedded_default(args):
+def use_embedded_default(args, needs_data=True):
     """With no model and no data: tiny-sd and shapes, said in one line. With a foreign model alone: UsageError."""
     no_data, said = args.data_dir is None and args.dataset_name is None, None
     if args.pretrained_model_name_or_path is None:
@@ -74,7 +76,7 @@ def use_embedded_default(args):
     elif no_data and comes_from_tiny_sd(args.pretrained_model_name_or_path):
         args.dataset_name = "shapes"
         said = "No data given, and the model was made from tiny-sd: using rendered shapes."
-    elif no_data:
+    elif no_data and needs_data:
         raise UsageError(
             "--pretrained_model_name_or_path is given but no data: add --data_dir or --dataset_name "
             "(--dataset_name shapes asks for rendered shapes)."

@@ -42,6 +42,7 @@ from common.pipelines import load_pipeline
 from common.run import STOPPED, StopSignal
 from common.schedulers import student_scheduler
 
+QUICK_CALIBRATION = ["--num_calibration_prompts", 2, "--calibration_steps", 2]
 SCRIPTS = {  # four optimizer steps of each, on a random pipeline
     "train_flash_lora": ["--num_ddim_steps", 2, "--num_inference_steps", 2],
     "train_lcm": ["--lora_rank", 4],
@@ -50,6 +51,7 @@ SCRIPTS = {  # four optimizer steps of each, on a random pipeline
     "train_add": ["--num_inference_steps", 2],
     "train_student_kd": [],
     "train_text_encoder_kd": [],
+    "prune_and_quantize": ["--iterative", 2, "--finetune_steps", 2, "--num_eval_images", 0, *QUICK_CALIBRATION],
 }
 LORA = {
     "train_flash_lora": SCRIPTS["train_flash_lora"],
@@ -92,7 +94,7 @@ def assert_same(name, a, b, step=4, **tolerance):
 
 @pytest.fixture(scope="session")
 def uninterrupted(pipelines, tmp_path_factory):
-    """`uninterrupted(name)`: the folder of a script's four steps in one go, with samples and an FP16 export."""
+    """`uninterrupted(name)`: the folder of a script's four steps in one go, with samples, in FP16 and INT8 too."""
     made = {}
 
     def get(name):
@@ -100,7 +102,7 @@ def uninterrupted(pipelines, tmp_path_factory):
             made[name] = tmp_path_factory.mktemp(name)
             shown = ["--validation_prompts", "a ring", "--validation_steps", 3, "--num_validation_images", 1]
             module = importlib.import_module(name)
-            run_in_process(module, *flags(pipelines, name, made[name], *shown, "--export", "fp16"))
+            run_in_process(module, *flags(pipelines, name, made[name], *shown, "--export", "fp16", "int8"))
         return made[name]
 
     return get
@@ -313,7 +315,7 @@ def test_the_code_on_every_card_runs_as_it_stands(pipelines, uninterrupted, tmp_
     from PIL import Image
 
     run = inside(name, uninterrupted(name))
-    outputs = [run / "final", run / "final-fp16", *run.glob("stage-*")]
+    outputs = [run / "final", run / "final-fp16", run / "final-int8", *run.glob("stage-*")]
     outputs += [path for path in (run / "student",) if path.is_dir()]
     subprocess.run([sys.executable, "-c", RUN_CARDS, "-", *outputs], check=True, cwd=tmp_path, env=environment())
     for output in outputs:
@@ -322,8 +324,9 @@ def test_the_code_on_every_card_runs_as_it_stands(pipelines, uninterrupted, tmp_
         assert image.std() > 1  # not black
         card, contract = (output / "README.md").read_text(), read_json(output / "distillation.json")
         assert contract["parent"] in card and f"guidance_scale={contract['guidance_scale']:g}" in card
-        assert "dtype=torch.float16" in card if output.name == "final-fp16" else "dtype=torch.float32" in card
-        if output.name == "final":
+        dtype = {"final-fp16": "float16", "final-int8": "bfloat16"}.get(output.name, "float32")
+        assert f"dtype=torch.{dtype}" in card
+        if output.name in ("final", "final-int8"):
             pipeline = open_output(output)
             torch.manual_seed(0)
             call = {"num_inference_steps": contract["steps"] or 50, "guidance_scale": contract["guidance_scale"]}
@@ -336,11 +339,15 @@ def test_outputs_and_their_export_hold_the_average(uninterrupted, name):
     run = inside(name, uninterrupted(name))
     average = load_file(run / "checkpoint-4" / "student_ema.safetensors")
     exported = load_pipeline(run / "final-fp16", torch.float16)
+    small = load_pipeline(run / "final-int8")
     for part, module in open_output(run / "final").components.items():
         if isinstance(module, torch.nn.Module):
-            tensors = getattr(exported, part).state_dict()
+            tensors, integers = getattr(exported, part).state_dict(), getattr(small, part).state_dict()
             for key, value in module.state_dict().items():
                 assert torch.equal(tensors[key], value.to(tensors[key].dtype)), (part, key)
+                rounded = integers[key].dequantize() if hasattr(integers[key], "qdata") else integers[key]
+                step = value.abs().max() / 127  # of the integers, of the whole layer's at most
+                assert (rounded.float() - value).abs().max() <= 1.5 * step, (part, key)
     if (run / "final" / WEIGHTS).is_file():
         saved = load_file(run / "final" / WEIGHTS)
         found = {key.removeprefix("unet."): value for key, value in saved.items()}
@@ -585,7 +592,7 @@ def test_a_script_is_short_and_reads_in_the_order_of_the_house(name):
     (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert main.end_lineno - main.lineno + 1 <= 130 and text.count("\n") <= 450
     body = text[text.index("def main(args):") :]
-    order = """check_arguments(args)|settle(args)|read_teacher(args|load_dataset_from_args(args|open_run(args
+    order = """check_arguments(args)|settle(args|read_teacher(args|load_dataset_from_args(args|open_run(args
         |# 1 frozen|# 2 trained|# 3 optimizer|run.register(|while run.step|set_learning_rate(
         |accelerator.accumulate(|run.count(|save_student|export(run|run.end("""
     order = [words.strip() for words in order.split("|")]

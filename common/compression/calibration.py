@@ -15,12 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from common.compression.pruning import choose, cost_of_unit, groups_of, units_kept
+from common.compression.channels import choose, cost_of_unit, groups_of, units_kept
 
 POSITIONS = 4096  # of one forward that the least squares are taken over: more hardly change them
 RIDGE = 1e-3  # of the least squares, relative to the channels' mean square
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # at which sensitivity is measured
-PROBES = 2  # random directions r of a forward
 
 
 def halves(model):
@@ -31,10 +30,10 @@ def halves(model):
 
 
 @torch.no_grad()
-def record_inputs(pipeline, components, prompts, **call):
-    """{component: {prefix: [(args, kwargs) of each forward]}} while the pipeline samples `prompts`, in one batch.
+def record_inputs(pipeline, components, prompts, generators, batch_size, **call):
+    """{component: {prefix: [(args, kwargs) of each forward]}} while the pipeline samples `prompts`, by batches.
 
-    The images are encoded again, for the VAE's encoder. call: further arguments of the pipeline, its generator too.
+    The images are encoded again, for the VAE's encoder. generators: of each prompt's noise; call: further arguments.
     """
     found, handles = {}, []
     for component in components:
@@ -46,8 +45,10 @@ def record_inputs(pipeline, components, prompts, **call):
 
             handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     try:
-        images = pipeline(prompts, output_type="pt", **call).images
-        pipeline.vae.encode((2 * images - 1).to(pipeline.vae.dtype))
+        for start in tqdm(range(0, len(prompts), batch_size), desc="sampling to calibrate", leave=False):
+            batch = slice(start, start + batch_size)
+            images = pipeline(prompts[batch], generator=generators[batch], output_type="pt", **call).images
+            pipeline.vae.encode((2 * images - 1).to(pipeline.vae.dtype))
     finally:
         for handle in handles:
             handle.remove()
@@ -107,24 +108,22 @@ def taylor(model, calls, generator):
         for call in tqdm(calls[prefix], desc="importance", leave=False):
             with torch.enable_grad(), reading(model, groups, see):
                 output = output_of(module, call)
-            for probe in range(PROBES):
                 direction = torch.randn(output.shape, generator=generator).to(output) / output.shape[1] ** 0.5
-                kept = probe + 1 < PROBES
-                slopes = torch.autograd.grad(output, list(read.values()), direction, kept, allow_unused=True)
-                gates = {}  # name of a reader: d<o, r>/dg of its channels (B, C)
-                for (name, x), slope in zip(read.items(), slopes):
-                    if slope is not None:
-                        product = (x.detach().float() * slope.float()).to(x)
-                        gates[name] = channels_last(product, model.get_submodule(name)).float().sum(1).cpu()
-                for group in groups:
-                    found = [
-                        gates[name].narrow(1, offset, group.units * group.width)
-                        for name, offset in readers(group)
-                        if name in gates
-                    ]
-                    if found:
-                        by_unit = sum(found).unflatten(1, (group.units, group.width)).sum(2)
-                        scores[group.name] += by_unit.square().sum(0)
+                slopes = torch.autograd.grad(output, list(read.values()), direction, allow_unused=True)
+            gates = {}  # name of a reader: d<o, r>/dg of its channels (B, C)
+            for (name, x), slope in zip(read.items(), slopes):
+                if slope is not None:
+                    product = (x.detach().float() * slope.float()).to(x)
+                    gates[name] = channels_last(product, model.get_submodule(name)).float().sum(1).cpu()
+            for group in groups:
+                found = [
+                    gates[name].narrow(1, offset, group.units * group.width)
+                    for name, offset in readers(group)
+                    if name in gates
+                ]
+                if found:
+                    by_unit = sum(found).unflatten(1, (group.units, group.width)).sum(2)
+                    scores[group.name] += by_unit.square().sum(0)
             read.clear()
     return scores
 
@@ -219,11 +218,11 @@ def _apply(layer, group, offset, kept, moments):
 def sensitivity(model, calls, scores, moments=None):
     """{group name: {ratio: relative output error}} where that group alone loses so much of it, by these scores.
 
-    In the units that are kept at each of RATIOS; moments: with compensation.
+    At each of RATIOS; scores: of the groups that may be cut; moments: with compensation.
     """
     found = {}
     for prefix, module in halves(model).items():
-        groups = [group for group in groups_of(model) if group.name.startswith(prefix)]
+        groups = [group for group in groups_of(model) if group.name.startswith(prefix) and group.name in scores]
         whole = [output_of(module, call).float() for call in calls[prefix]]
         for group in tqdm(groups, desc="sensitivity", leave=False):
             for ratio in RATIOS:
@@ -244,8 +243,7 @@ def allocate(models, errors, removed):
 
     models: {component: model}; errors: {component: {group name: {ratio: error}}} of `sensitivity`. Greedy: the next
     cut is the one whose error grows least for each parameter that goes. (Errors of several groups add in squares, as
-    far as they are independent.) The second value is how many parameters that is: less than `removed` where there are
-    no more to take.
+    far as they are independent.)
     """
     steps = {}  # (component, group name): [(ratio, error^2, parameters gone)], growing
     for component, model in models.items():
@@ -269,7 +267,7 @@ def allocate(models, errors, removed):
         _, key, step, more = best
         at[key], gone = step, gone + more
         taken[key[0]][key[1]] = step[0]
-    return taken, gone
+    return taken
 
 
 @torch.no_grad()

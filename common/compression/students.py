@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint import FinalFolder
 from common.compression.manifest import write_manifest
+from common.compression.pruned_models import PrunedUNet2DConditionModel
 from common.contract import read_distillation, write_distillation
 from common.errors import ModelError
 from common.outputs import reopen, usage_of, write_model_card
@@ -82,8 +83,9 @@ def build_student(teacher, variant=None, block_out_channels=None):
 
 def empty_unet(config):
     """A UNet of this config without memory for its weights (on the meta device)."""
+    kind = PrunedUNet2DConditionModel if dict(config).get("pruned") else UNet2DConditionModel
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config({k: v for k, v in dict(config).items() if not k.startswith("_")})
+        return kind.from_config({k: v for k, v in dict(config).items() if not k.startswith("_")})
 
 
 def stages_dropped(variant):
@@ -242,8 +244,9 @@ def cost(config):
 def slice_widths(unet, block_out_channels):
     """(narrower UNet, keep): the channels of `unet` that are worth most, at the widths `block_out_channels`.
 
-    keep: {"indices": {name: kept channels, ascending}, "layers": {module: [names of its rows, names of its columns]}}.
-    A layer that reads or writes a concatenation names its parts in order; None means all. Raises ModelError.
+    keep: {"indices": {name: kept channels, ascending}, "sizes": {name: how many there were}, "layers": {module: [names
+    of its rows, names of its columns]}}. A layer that reads or writes a concatenation names its parts in order; None
+    means all. Raises ModelError.
     """
     config = student_config(unet.config, None, block_out_channels)
     layers, sizes = channel_graph(unet, config["block_out_channels"])
@@ -278,8 +281,11 @@ def slice_widths(unet, block_out_channels):
             value = value * (new / old) ** 0.5
         sliced[name] = value
     student.load_state_dict(sliced, assign=True)
-    keep = {"indices": {k: v.tolist() for k, v in indices.items()}, "layers": {k: list(v) for k, v in layers.items()}}
-    return student, keep
+    return student, {
+        "indices": {name: kept.tolist() for name, kept in indices.items()},
+        "sizes": {name: old for name, (old, _, _) in sizes.items()},
+        "layers": {layer: list(names) for layer, names in layers.items()},
+    }
 
 
 def choose(scores, new, kind):

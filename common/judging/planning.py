@@ -89,7 +89,7 @@ def plan_model(path, args):
 
 def native_size(source, args):
     """Pixels per side that a pipeline is sampled at."""
-    _, size, factor = read_pipeline_config(source["path"], source["revision"], flag="--models")
+    _, size, factor = read_pipeline_config(source["path"], source["revision"], flag="--models", quantized=True)
     if (args.resolution or size) % factor:
         raise UsageError(
             f"--resolution {args.resolution} is not a multiple of {factor}, the factor of {source['path']}."
