@@ -34,10 +34,11 @@ from pathlib import Path
 import torch
 
 from common import arguments, shapes
-from common.compression import channels, planning, students
+from common.compression import channels, lora_check, planning, quantization, students
 from common.compression.distillation import kd_loss, make_student
+from common.compression.lora_check import check_loras, lora_files, rows_of
 from common.compression.manifest import MANIFEST, read_manifest
-from common.compression.pruning import prune_round, replay
+from common.compression.pruning import calibrate, few_of, prune_round, replay
 from common.compression.report import layers_kept, write_report
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, guidance_embedding, predict
 from common.contract import make_contract, read_distillation, read_teacher
@@ -46,6 +47,7 @@ from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
 from common.errors import UsageError
 from common.judging.previews import preview
+from common.judging.results import print_table
 from common.judging.sampling import read_prompts_file
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
@@ -56,6 +58,7 @@ from common.run import open_run, run_script
 from common.settle import settle
 
 PROMPTS = Path(__file__).parent / "prompts" / "coco20.txt"
+LORA_PROMPTS = 8  # that a LoRA of --lora_dir is tried on
 
 
 def parse_args(argv=None):
@@ -83,7 +86,7 @@ def parse_args(argv=None):
     add(
         "--calibration_prompts", help="file of captions to calibrate by (default: the data's, else prompts/coco20.txt)"
     )
-    add("--num_calibration_prompts", type=arguments.positive_int, default=16, help="how many of them")
+    add("--num_calibration_prompts", type=arguments.positive_int, default=8, help="how many of them")
     add("--calibration_steps", type=arguments.positive_int, default=10, help="sampling steps to calibrate by")
     add = parser.add_argument_group("recovery").add_argument
     add("--iterative", type=arguments.positive_int, default=1, help="rounds that prune a part each, and recover")
@@ -107,7 +110,21 @@ def parse_args(argv=None):
     )
     add("--eval_inference_steps", type=arguments.step_count, default=25, help="steps per image")
     add("--clip_model", help="CLIP that judges (default with shapes: tiny-clip, else none)")
+    add("--lora_dir", help="LoRAs for the original: check each on the output, in lora_compatibility_report.json")
     arguments.add_runtime_arguments(parser)
+    add = parser.add_argument_group("INT8").add_argument
+    add(
+        "--int8_backend",
+        choices=("torchao", "bitsandbytes"),
+        default="torchao",
+        help="bitsandbytes needs a GPU, and leaves convolutions alone",
+    )
+    add(
+        "--int8_skip",
+        type=arguments.natural,
+        default=0,
+        help="layers of the UNet or transformer to leave as they are: those whose rounding changes its output most",
+    )
     # Every round starts from what works: without a warm-up Adam's first steps, all of full length, would spoil it.
     parser.set_defaults(lr_scheduler="linear", lr_warmup_steps=20, ema_decay=0.99)
     return parser.parse_args(argv)
@@ -126,6 +143,12 @@ def check_arguments(args):
         raise UsageError(f"--sensitivity and targets are about --method structured and heads, not {args.method}.")
     if args.pattern == "2:4" and args.method != "magnitude":
         raise UsageError("--pattern 2:4 is about --method magnitude.")
+    if "int8" in (args.export or ()):
+        quantization.check_backend(args.int8_backend)
+    elif args.int8_skip or args.int8_backend != "torchao":
+        raise UsageError("--int8_skip and --int8_backend are about --export int8: add it or leave them out.")
+    if args.lora_dir:
+        lora_files(args.lora_dir)
     total = args.iterative * args.finetune_steps
     args.max_train_steps = min(args.max_train_steps or total, total)
 
@@ -279,12 +302,12 @@ def main(args):
         plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, teacher_path)
         set_up(unet, args, teacher.unet)
         parameters = trainable(plain)
-        zeros = {name: p == 0 for name, p in parameters.items()} if args.method == "magnitude" else {}
         ema = EMA(parameters, args.ema_decay)
 
         # 3 optimizer, resume
         student, optimizer = accelerator.prepare(plain, adamw(parameters, args))
         run.register({"student": parameters, **others}, {"student": ema})
+        zeros = {name: p == 0 for name, p in parameters.items()} if args.method == "magnitude" else {}
 
         while run.step < min(end, args.max_train_steps):
             inside = run.step - end + args.finetune_steps
@@ -337,11 +360,22 @@ def main(args):
 
     manifest = make_manifest(args, run, parent, models, planned, pipeline)
     notes = card_notes(args, run, planned, pipeline)
-    parts = {component: getattr(pipeline, component) for component in planned}
+    changed = [*planned, *["unet"] * bool(args.finetune_steps)]
+    parts = {component: getattr(pipeline, component) for component in changed}
     save_student(run, parts, pipeline.scheduler, contract, "Pruned pipeline", notes, manifest=manifest)
-    export(run)
+    export(run, backend=args.int8_backend, skip=layers_left(args, pipeline, captions, contract))
     report(args, run, dataset, planned, contract, manifest, pipeline)
     run.end()
+
+
+def layers_left(args, pipeline, captions, contract):
+    """Names of the --int8_skip layers whose INT8 weights do most to the output of the UNet or transformer."""
+    if not args.int8_skip:
+        return []
+    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
+    calls = calibrate(args, pipeline, [denoiser], captions, contract)[denoiser][""]
+    errors = quantization.sensitivity(getattr(pipeline, denoiser), few_of(calls))
+    return [f"{denoiser}.{layer}" for layer in quantization.worst(errors, args.int8_skip)]
 
 
 def report(args, run, dataset, planned, contract, manifest, pipeline):
@@ -359,7 +393,24 @@ def report(args, run, dataset, planned, contract, manifest, pipeline):
             "sparsity": {c: channels.sparsity(getattr(pipeline, c)) for c in planned} if sparse else {},
             "untouched": {c: channels.untouched(getattr(pipeline, c)) for c in planned},
         }
-        write_report(run, sources, judged_captions(args, dataset), contract, list(planned), told)
+        captions = judged_captions(args, dataset)
+        write_report(run, sources, captions, contract, list(planned), told)
+        if args.lora_dir:
+            smallest, original = load_pipeline(**sources[-1]), load_pipeline(**sources[0])
+            steps = contract["steps"] or args.eval_inference_steps
+            found = check_loras(
+                smallest.to(run.device),
+                args.lora_dir,
+                manifest,
+                captions[:LORA_PROMPTS] or ["a photo"],
+                steps,
+                contract["guidance_scale"],
+                args.resolution,
+                args.seed,
+                original.to(run.device),
+                run.folder,
+            )
+            print_table(rows_of(found), lora_check.TABLE)
     run.accelerator.wait_for_everyone()
 
 

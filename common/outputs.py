@@ -58,14 +58,17 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
     run.accelerator.wait_for_everyone()
 
 
-def export(run, name="final"):
-    """<run>/final-<kind>/ of each kind of --export, fp16 or int8: final/ as a whole pipeline, a LoRA merged."""
+def export(run, name="final", backend="torchao", skip=()):
+    """<run>/final-<kind>/ of each kind of --export, fp16 or int8: final/ as a whole pipeline, a LoRA merged.
+
+    backend, skip: of quantize_pipeline, for int8.
+    """
     for kind in (run.args.export or ()) if run.accelerator.is_main_process else ():
         final = (run.folder / name).absolute()
         notes = {"made from": f"`{final}`, whose card says how it was trained"}
         if (final / WEIGHTS).is_file():
             notes["LoRA"] = "merged into the weights: no adapter is needed"
-        export_pipeline(open_output(final), final, run.folder / f"{name}-{kind}", kind, notes)
+        export_pipeline(open_output(final), final, run.folder / f"{name}-{kind}", kind, notes, backend, skip)
     run.accelerator.wait_for_everyone()
 
 

@@ -51,7 +51,7 @@ def test_commands_are_accepted(commands, recipe, environment, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.syspath_prepend(ROOT / "recipes")  # where a training script that is a recipe's own lies
     # What no recipe needs before it runs: the models of the hub, and students that its own lines make.
-    monkeypatch.setattr("common.settle.read_pipeline_config", lambda *_: (None, 512, 8))
+    monkeypatch.setattr("common.settle.read_pipeline_config", lambda *_, **__: (None, 512, 8))
     monkeypatch.setattr(train_student_kd, "read_manifest", lambda folder: {"parent": str(TINY_SD)})
     ran = commands(recipe, **environment)
     assert ran

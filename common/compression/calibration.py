@@ -225,10 +225,12 @@ def sensitivity(model, calls, scores, moments=None):
         groups = [group for group in groups_of(model) if group.name.startswith(prefix) and group.name in scores]
         whole = [output_of(module, call).float() for call in calls[prefix]]
         for group in tqdm(groups, desc="sensitivity", leave=False):
+            counts = {group.units}  # tried; ratios that come to the same are tried once
             for ratio in RATIOS:
                 count = units_kept(group, ratio)
-                if count == group.units:
+                if count in counts:
                     continue
+                counts.add(count)
                 with without(model, group, choose(scores[group.name], count), moments):
                     errors = [
                         ((output_of(module, call).float() - o).norm() / o.norm()).item()

@@ -17,6 +17,11 @@ from common.randomness import sample_generator
 SENSITIVITY_CALLS = 4  # recorded forwards that sensitivity is measured on
 
 
+def few_of(calls):
+    """SENSITIVITY_CALLS at most of recorded calls, from the first step to the last."""
+    return calls[:: -(-len(calls) // SENSITIVITY_CALLS) or 1]
+
+
 def choose_units(args, run, pipeline, planned, budget, calls, moments):
     """{component: {group name: units kept, ascending}} of one round, and {component: {group: {ratio: error}}}.
 
@@ -35,7 +40,7 @@ def choose_units(args, run, pipeline, planned, budget, calls, moments):
         groups = [group for group in channels.groups_of(model) if group.kind in kinds]
         scores[component] = {group.name: found[group.name] for group in groups}
         if args.sensitivity:
-            few = {half: made[:: -(-len(made) // SENSITIVITY_CALLS)] for half, made in calls[component].items()}
+            few = {half: few_of(made) for half, made in calls[component].items()}
             errors[component] = calibration.sensitivity(model, few, scores[component], moments.get(component))
     models = {component: getattr(pipeline, component) for component in planned}
     if args.sensitivity and "all" in budget:
@@ -59,6 +64,21 @@ def choose_units(args, run, pipeline, planned, budget, calls, moments):
     return kept, errors
 
 
+def calibrate(args, pipeline, components, captions, contract):
+    """The recorded calls of these components, of calibration.record_inputs, while the pipeline samples captions."""
+    return calibration.record_inputs(
+        pipeline,
+        components,
+        captions,
+        [sample_generator(args.seed, index, 0, stream="calibration") for index in range(len(captions))],
+        batch_size=1 if args.resolution > 64 else default_batch_size(args.resolution),  # gradients of whole models
+        num_inference_steps=contract["steps"] or args.calibration_steps,
+        guidance_scale=contract["guidance_scale"],
+        height=args.resolution,
+        width=args.resolution,
+    )
+
+
 def prune_round(args, run, pipeline, planned, budget, captions, contract):
     """Prune the pipeline in place by one more round: the same on every process, and noted in run.state["rounds"]."""
     number = len(run.state["rounds"])
@@ -75,18 +95,7 @@ def prune_round(args, run, pipeline, planned, budget, captions, contract):
         budget = {c: n * share - gone[c] for c, n in budget.items()}
     calls, moments = {}, {}
     if args.importance == "taylor" or args.sensitivity or not args.no_compensation:
-        size = 1 if args.resolution > 64 else default_batch_size(args.resolution)  # gradients of whole models
-        calls = calibration.record_inputs(
-            pipeline,
-            planned,
-            captions,
-            [sample_generator(args.seed, index, 0, stream="calibration") for index in range(len(captions))],
-            size,
-            num_inference_steps=contract["steps"] or args.calibration_steps,
-            guidance_scale=contract["guidance_scale"],
-            height=args.resolution,
-            width=args.resolution,
-        )
+        calls = calibrate(args, pipeline, planned, captions, contract)
     if not args.no_compensation:
         moments = {c: calibration.Moments(getattr(pipeline, c), calls[c]) for c in planned}
     kept, errors = choose_units(args, run, pipeline, planned, budget, calls, moments)
