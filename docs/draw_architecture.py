@@ -24,28 +24,31 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         {
             "make a model": "prepare_unet_small\nprepare_tiny_sd",
             "fewer steps": "train_flash_lora\ntrain_lcm\ntrain_progressive\ntrain_add",
-            "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd",
+            "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd\nprune_and_quantize",
             "use and judge": "inference\nevaluate",
         },
     ),
     (
         "common/: what a script calls around its loop",
         "#e5f2e3",
-        3.2,
-        1.5,
+        3.4,
+        1.53,
         {
             "a run": "settle  run\noutputs",
             "judging/": "metrics  image_sets\nresults  sampling  planning\nevaluation  previews",
-            "compression/": "students  projections\nmanifest",
+            "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
+            "lora_conversion  lora_check",
         },
     ),
     (
         "common/: models, and what is kept of them",
         "#f3efd9",
-        1.75,
-        1.27,
+        1.62,
+        1.72,
         {
             "load and predict": "pipelines\nconditioning",
+            "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
+            "quantized_folders",
             "adapt": "lora  text_encoders\ndiscriminators",
             "keep": "contract  schedulers\ncheckpoint  hooks",
         },

@@ -56,5 +56,7 @@ def sample_timed(pipeline, device, **call):
     began = now()
     latents = pipeline(output_type="latent", **call).images
     sampled = now()
+    if latents.dim() == 3:  # FLUX packs 2 x 2 of them into one
+        latents = pipeline._unpack_latents(latents, call["height"], call["width"], pipeline.vae_scale_factor)
     pixels = decode_latents(pipeline.vae, latents.to(pipeline.vae.dtype))
     return pixels, sampled - began, now() - began
