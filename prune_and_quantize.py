@@ -32,6 +32,7 @@ grid.png, and with --sensitivity sensitivity.png.
 from pathlib import Path
 
 import torch
+from diffusers import PixArtTransformer2DModel
 
 from common import arguments, shapes
 from common.compression import channels, lora_check, planning, quantization, students
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     for name, of in (
         ("unet", "the UNet's layers (default, where no ratio is given at all: 0.3)"),
         ("transformer", "the transformer's of FLUX, SD3 and PixArt (0.3)"),
-        ("text_encoder", "CLIP text encoders' (0.25)"),
+        ("text_encoder", "CLIP text encoders' (0.25); T5 is left whole"),
         ("vae", "the VAE's (0.2)"),
     ):
         add(f"--{name}_prune_ratio", type=arguments.fraction, help=f"share that goes inside each of {of}")
@@ -159,6 +160,10 @@ def check_parent(args, models):
     manifest = read_manifest(path) if (Path(path) / MANIFEST).is_file() else {}
     if args.finetune_steps and "unet" not in models:
         raise UsageError("--finetune_steps: a pipeline without a UNet is pruned and quantized here, but not trained.")
+    if isinstance(models.get("transformer"), PixArtTransformer2DModel):  # its pipelines take 1 for a model of one step
+        for name in ("calibration_steps", "eval_inference_steps"):
+            if getattr(args, name) == 1:
+                raise UsageError(f"--{name} 1: PixArt's pipelines need 2 steps or more.")
     if args.method == "width" and (manifest.get("keep") or manifest.get("pruned")):
         raise UsageError(f"--method width: {path} was made narrower or pruned before: start from what it was made of.")
     return manifest

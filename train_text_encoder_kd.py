@@ -133,6 +133,8 @@ def read_encoder_config(args):
     if name == "text_encoder_2" and not sdxl:
         raise UsageError(f"--text_encoder text_encoder_2: {path} has one text encoder only.")
     kind = (index.get(name) or [None, None])[-1]
+    if str(kind).startswith("Pruned"):
+        raise UsageError(f"{where}: its {name} was pruned, layer by layer: make it smaller first, and prune it then.")
     if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         raise UsageError(f"{where}: its {name} is {kind}, not a CLIP text model.")
     try:

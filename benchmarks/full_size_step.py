@@ -2,9 +2,11 @@
 
     python benchmarks/full_size_step.py --resolution 64
     python benchmarks/full_size_step.py --script train_student_kd.py --resolution 64      # into its sd_tiny
+    python benchmarks/full_size_step.py --script prune_and_quantize.py --resolution 256   # and INT8, without training
 
 Writes the pipeline (4.3 GB; its sd_tiny beside it) into --work_dir, trains --max_steps steps in a fresh process and
-prints its peak resident memory, the seconds with start-up, and the checkpoint's size as one JSON line.
+prints its peak resident memory, the seconds with start-up, and the checkpoint's size as one JSON line; of pruning, the
+sizes of the UNet's files in the place of the checkpoint's.
 """
 
 import argparse
@@ -65,9 +67,8 @@ def build_sd15(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="outputs/full_size")
-    parser.add_argument(
-        "--script", choices=("train_flash_lora.py", "train_student_kd.py"), default="train_flash_lora.py"
-    )
+    scripts = ("train_flash_lora.py", "train_student_kd.py", "prune_and_quantize.py")
+    parser.add_argument("--script", choices=scripts, default=scripts[0])
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--max_steps", type=int, default=1)
     parser.add_argument("rest", nargs="*", help="further arguments of the script, after --")
@@ -96,6 +97,10 @@ def main():
                 str(student),
             ]
             subprocess.run(prepare, check=True, env=environment)
+    prunes = args.script == "prune_and_quantize.py"
+    if prunes:
+        more = ["--num_calibration_prompts", "1", "--calibration_steps", "2", "--num_eval_images", "0"]
+        more += ["--export", "int8"]
     command = [
         sys.executable,
         str(ROOT / args.script),
@@ -122,7 +127,8 @@ def main():
     _, status, usage = os.wait4(process.pid, 0)  # its own peak, not that of whatever was waited for before
     if status:
         sys.exit(f"{args.script} ended with {os.waitstatus_to_exitcode(status)}")
-    checkpoint = next(run.rglob(f"checkpoint-{args.max_steps}"))
+    written = {"final": run / "final/unet", "final-int8": run / "final-int8/unet"} if prunes else {}
+    written = written or {"checkpoint": next(run.rglob(f"checkpoint-{args.max_steps}"))}
     print(
         json.dumps(
             {
@@ -130,7 +136,10 @@ def main():
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                 "peak_resident_gb": usage.ru_maxrss * 1024 / 1e9,
                 "seconds_with_start": time.time() - began,
-                "checkpoint_mb": sum(file.stat().st_size for file in checkpoint.rglob("*")) / 1e6,
+                **{
+                    f"{name}_mb": sum(file.stat().st_size for file in folder.rglob("*")) / 1e6
+                    for name, folder in written.items()
+                },
             }
         )
     )

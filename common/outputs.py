@@ -46,6 +46,8 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
             write_distillation(final, **contract)
             if manifest:
                 write_manifest(final, manifest)
+            elif not lora:
+                carry_manifest([source or contract["parent"]], final)
             usage = usage_of(contract, folder, scheduler if lora else None, pruned=is_pruned(pipeline))
             if contract["steps"]:
                 notes = {**notes, "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}"}
@@ -88,12 +90,19 @@ def export_pipeline(pipeline, source, folder, kind, notes, backend="torchao", sk
                 torch.nn.Module.to(module, dtype)  # diffusers' own warns of layers to keep in fp32, even of none
     with FinalFolder(folder) as exported:
         pipeline.save_pretrained(exported)
-        for file in (CONTRACT, MANIFEST):
-            if (Path(source) / file).is_file():
-                shutil.copy(Path(source) / file, exported)
+        if (Path(source) / CONTRACT).is_file():
+            shutil.copy(Path(source) / CONTRACT, exported)
+        carry_manifest([source, contract.get("parent", source)], exported)  # of a merged LoRA: its pipeline's
         usage = usage_of(contract, folder, dtype=dtype, pruned=is_pruned(pipeline))
         write_model_card(exported, title, contract.get("parent", source), usage, notes)
         reopen(exported, pipeline)
+
+
+def carry_manifest(sources, folder):
+    """Copy the first compression.json that the folders `sources` have, if any: what was cut before stays cut."""
+    found = [Path(source) / MANIFEST for source in sources if (Path(source) / MANIFEST).is_file()]
+    if found:
+        shutil.copy(found[0], folder)
 
 
 def open_output(folder):

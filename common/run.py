@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from common import checkpoint as checkpoints
 from common.contract import TINY_SD
-from common.errors import CheckpointError, UsageError, UserError
+from common.errors import CheckpointError, UsageError, UserError, first_line
 from common.hooks import register_checkpoint_hooks
 
 STOPPED = 75  # exit status of a run that a signal ended and that can be resumed (sysexits' EX_TEMPFAIL: try again)
@@ -363,6 +364,10 @@ def run_script(main, args):
         if error.errno is None:
             raise
         said = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    except SafetensorError as error:  # the same, while weights are written
+        if "I/O error" not in str(error):
+            raise
+        said = first_line(error)
     else:
         return
     rank = os.environ.get("RANK", "0")

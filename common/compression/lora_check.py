@@ -66,6 +66,7 @@ def check_loras(
     seed=0,
     teacher=None,
     output=None,
+    teacher_sampling=None,
 ):
     """{name: entry} of every LoRA in `folder` on a compressed pipeline, one image of each prompt; the pipeline is as
     it was afterwards.
@@ -73,11 +74,13 @@ def check_loras(
     manifest: compression.json of the pipeline. entry: fitting (layers), converted and dropped ([{layer, why}, ...]),
     coverage {layers, parameters}, loads, fuses, unfuses, image_difference (mean absolute difference of pixels in
     [0, 1], with and without), style_cosine (with `teacher`, the original pipeline), error (a sentence or None).
-    output: folder for lora_compatibility_report.json. Raises UsageError where there is no LoRA to check.
+    output: folder for lora_compatibility_report.json. teacher_sampling: (steps, guidance scale) of the teacher, where
+    they are others. Raises UsageError where there is no LoRA to check.
     """
 
     def sample(pipeline):
-        return pixels_of(pipeline, prompts, steps, guidance_scale, resolution, seed)
+        sampling = teacher_sampling if teacher_sampling and pipeline is teacher else (steps, guidance_scale)
+        return pixels_of(pipeline, prompts, *sampling, resolution, seed)
 
     without, report, original = sample(pipeline), {}, sample(teacher) if teacher else None
     for name, path in lora_files(folder).items():

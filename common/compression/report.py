@@ -38,6 +38,8 @@ def judge(run, source, captions, judges, contract, counted, original=None):
     captions only sizes are taken.
     """
     args, device = run.args, run.device
+    steps = contract["steps"] or args.eval_inference_steps
+    few = min(steps, 2)  # of one alone PixArt's pipelines think that the model is made for it
     half = torch.float16 if device.type == "cuda" else torch.float32  # CPUs have no fast fp16
     name = Path(source["path"]).name
     pipeline = load_pipeline(dtype=half if name.endswith("-fp16") else torch.float32, **source).to(device)
@@ -48,7 +50,7 @@ def judge(run, source, captions, judges, contract, counted, original=None):
         captions[:1] or ["a photo"],
         [sample_generator(args.seed, 0, 0, stream="report")],
         1,
-        num_inference_steps=1,
+        num_inference_steps=few,
         guidance_scale=1.0,
         height=args.resolution,
         width=args.resolution,
@@ -59,7 +61,7 @@ def judge(run, source, captions, judges, contract, counted, original=None):
             parts[component] = {"parameters": channels.count(module), "bytes": size}
             if component in counted:
                 parts[component]["macs"] = calibration.macs(module, calls[component])
-    images, seconds, steps = [], [], contract["steps"] or args.eval_inference_steps
+    images, seconds = [], []
     for start in range(0, len(captions), default_batch_size(args.resolution)):
         batch = captions[start : start + default_batch_size(args.resolution)]
         call = {
@@ -71,7 +73,7 @@ def judge(run, source, captions, judges, contract, counted, original=None):
             "generator": [sample_generator(args.seed, start + i, 0, stream="report") for i in range(len(batch))],
         }
         if not images:  # not timed: what the first call of a process waits for
-            sample_timed(pipeline, device, **{**call, "num_inference_steps": 1})
+            sample_timed(pipeline, device, **{**call, "num_inference_steps": few})
             call["generator"] = [generator.manual_seed(generator.initial_seed()) for generator in call["generator"]]
         pixels, _, took = sample_timed(pipeline, device, **call)
         images += pipeline.image_processor.postprocess(pixels, output_type="pil")
@@ -150,6 +152,8 @@ def markdown(rows, parts, told, count):
             macs = f"{part['macs']:,}" if part.get("macs") else ""
             size = f"{part['bytes'] / 1e6:.2f}"
             lines.append(f"| {component} | {name} | {part['parameters']:,} | {size} | {macs} |")
+    if whole := [component for component in next(iter(parts.values())) if component not in told["untouched"]]:
+        lines += ["", f"Left whole: {', '.join(whole)}."]
     for component, layers in told["layers"].items():
         lines += ["", f"## What went of the {component}", "", table(["layer", "kind", "units", "kept"])]
         for name, layer in layers.items():

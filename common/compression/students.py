@@ -100,6 +100,8 @@ def student_config(config, variant=None, block_out_channels=None):
     stage. block_out_channels: the widths of the stages that are left.
     """
     config = {key: value for key, value in dict(config).items() if not key.startswith("_")}
+    if config.get("pruned"):
+        raise ModelError("the UNet's layers were pruned to widths of their own: start from what it was made of.")
     if variant is not None:
         if not isinstance(config["layers_per_block"], int):
             raise ModelError("the UNet has another number of layers in each block: it can't lose one everywhere.")
