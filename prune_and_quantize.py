@@ -164,6 +164,8 @@ def check_parent(args, models):
         for name in ("calibration_steps", "eval_inference_steps"):
             if getattr(args, name) == 1:
                 raise UsageError(f"--{name} 1: PixArt's pipelines need 2 steps or more.")
+    if args.method == "width" and "unet" not in models:
+        raise UsageError(f"--method width: {path} has no UNet.")
     if args.method == "width" and (manifest.get("keep") or manifest.get("pruned")):
         raise UsageError(f"--method width: {path} was made narrower or pruned before: start from what it was made of.")
     return manifest
@@ -179,7 +181,8 @@ def stock_contract(args):
 def calibration_captions(args, dataset):
     """The captions that the pipeline is sampled on to calibrate, a list."""
     if args.calibration_prompts or dataset is None:
-        return read_prompts_file(args.calibration_prompts or PROMPTS)[: args.num_calibration_prompts]
+        prompts = read_prompts_file(args.calibration_prompts or PROMPTS, "--calibration_prompts")
+        return prompts[: args.num_calibration_prompts]
     count = min(args.num_calibration_prompts, dataset.size or args.num_calibration_prompts)
     return [dataset[index, 0, index]["caption"] for index in range(count)]
 

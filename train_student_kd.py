@@ -21,6 +21,7 @@ from functools import partial
 
 import torch
 from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
 
 from common import arguments
 from common.arguments import weight
@@ -150,7 +151,14 @@ def settle_weights(args, from_contract):
 
 
 def check_student(args):
-    """Refuse, from its files alone, a student that can't learn from the teacher; returns its manifest."""
+    """Refuse, from its files alone, a student that can't learn from the teacher; returns its manifest.
+
+    With no --student_model, a teacher that sd_small can't be cut out of.
+    """
+    if not args.student_model:
+        load = {"subfolder": "unet", "revision": args.revision}
+        config = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, **load)
+        return students.student_config(students.empty_unet(config).config, "sd_small")
     manifest = read_manifest(args.student_model)
     check_compatible(args.student_model, "--student_model", args.pretrained_model_name_or_path, args.revision)
     if args.feature_weight and not manifest["feature_pairs"]:
@@ -294,8 +302,7 @@ def main(args):
     from_contract = read_teacher(args, few_steps=True)
     settle_weights(args, from_contract)
     check_evaluation(args)
-    if args.student_model:
-        check_student(args)
+    check_student(args)
     dataset = load_dataset_from_args(args, needs_images=not args.random_latents)
     ramps = {"--kd_alpha_end": args.kd_alpha_start != args.kd_alpha_end}
     ramps["--caption_dropout_end"] = args.caption_dropout_start != args.caption_dropout_end

@@ -9,7 +9,7 @@ random weights, as it is and with that share of the insides of its resnets and f
 After a warm-up everything runs once in each round, a-b-c-a-b-c, and each is divided by the first of the same round:
 what slows a whole round, a neighbour on the machine, say, falls out. Printed are MACs (torch's counter) and times,
 both also as ratios to the first: the median over the rounds, in brackets the quartiles, then the extremes. On a
-machine with more work than cores --cpu_time leaves out the waiting, and is the time of an idle one if --threads is 1.
+machine with more work than cores --cpu_time leaves out the waiting for one, though not what its neighbours slow.
 Models with INT8 weights keep the dtype that the rest of them was saved in, bfloat16, whatever --dtype says.
 """
 

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 from common.compression import calibration, channels, planning, pruned_models
 from common.compression.pruning import apply_magnitude_pruning, create_pruned_pipeline
 from common.errors import UsageError
+from common.pipelines import load_pipeline
 
 SIZES = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
 PICTURE = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
@@ -300,13 +301,15 @@ def test_magnitude_makes_zeros_of_the_smallest(kind):
             assert ((rows.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
-def test_from_python(pipelines):
-    """As seeds and notebooks have it."""
+def test_from_python(pipelines, tmp_path):
+    """As seeds and notebooks have it; what is saved opens again."""
     for method in ("magnitude", "structured", "heads"):
         pipeline = create_pruned_pipeline(model_path=pipelines(), pruning_amount=0.5, method=method)
         assert len(pipeline("a ring", num_inference_steps=1, height=32, width=32).images) == 1
         whole = channels.count(random_pipeline("sd").unet)
         assert (channels.count(pipeline.unet) < whole) == (method != "magnitude")
+        pipeline.save_pretrained(tmp_path / method)
+        assert channels.count(load_pipeline(tmp_path / method).unet) == channels.count(pipeline.unet)
     model = apply_magnitude_pruning(random_pipeline("sd").unet, 0.5)
     assert all(share >= 0.45 for share in channels.sparsity(model).values())
     for call, words in (

@@ -150,7 +150,8 @@ def create_pruned_pipeline(model_path, pruning_amount=0.3, method="magnitude"):
     if method not in kinds:
         raise UsageError(f"method {method} is none of {', '.join(kinds)}.")
     pipeline = load_pipeline(model_path, flag="model_path")
-    model = getattr(pipeline, "unet", None) or pipeline.transformer
+    name = "unet" if hasattr(pipeline, "unet") else "transformer"
+    model = getattr(pipeline, name)
     if method == "magnitude":
         apply_magnitude_pruning(model, pruning_amount)
         return pipeline
@@ -162,4 +163,5 @@ def create_pruned_pipeline(model_path, pruning_amount=0.3, method="magnitude"):
             scores = channels.magnitude(model, group, order=2)
             kept[group.name] = channels.choose(scores, channels.units_kept(group, pruning_amount))
     channels.prune(model, kept)
+    pipeline.register_modules(**{name: model})  # of another class now, which `save_pretrained` is to name
     return pipeline

@@ -20,10 +20,10 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "prompt"
 
 
-def read_prompts_file(path):
+def read_prompts_file(path, flag="--prompts_file"):
     """The prompts of a text file with one a line, or of captions.json: a list that is not empty. Raises UsageError."""
     path = Path(path)
-    where = f"--prompts_file {path}"
+    where = f"{flag} {path}"
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
