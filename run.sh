@@ -20,17 +20,18 @@ fail() {
 # 1 the variables: what is not set has the default of its kind of run
 embedded=assets/tiny-sd
 stages="student kd text_encoder prune lora quant check evaluate"
-: "${BASE:=$embedded}" "${DATA_DIR:=}" "${FULL:=0}" "${STAGES:=$stages}" "${STUDENT:=sd_base}"
-: "${PRUNE_RATIO:=0.3}" "${TEXT_ENCODER_PRUNE_RATIO:=0.25}" "${VAE_PRUNE_RATIO:=0.2}" "${FEW_STEPS:=2}"
+: "${BASE:=$embedded}" "${DATA_DIR:=}" "${FULL:=0}" "${STAGES:=$stages}" "${TEXT_ENCODER_PRUNE_RATIO:=0.25}"
+: "${LORA_RANK:=32}" "${FEW_STEPS:=2}"
 if [ "$BASE" != "$embedded" ]; then
-    defaults="STEPS=800 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=400 LORA_STEPS=800 ROLLOUTS=0 LR=1e-5 LORA_LR=1e-4
-        LORA_RANK=32 BATCH_SIZE=4 CAPTIONS=200 OUTPUT_DIR=output"
+    defaults="STUDENT=sd_base STEPS=800 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=400 LR=1e-5 PRUNE_RATIO=0.3
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=800 ROLLOUTS=0 LORA_LR=1e-4 BATCH_SIZE=4 CAPTIONS=200 OUTPUT_DIR=output"
 elif [ "$FULL" = 1 ]; then
-    defaults="STEPS=2000 CLIP_DISTILL_STEPS=2000 RECOVER_STEPS=1000 LORA_STEPS=1440 ROLLOUTS=440 LR=1e-3 LORA_LR=2e-3
-        LORA_RANK=32 BATCH_SIZE=32 CAPTIONS=2000 OUTPUT_DIR=output/full"
-else
-    defaults="STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=150 LORA_STEPS=400 ROLLOUTS=120 LR=1e-3 LORA_LR=2e-3
-        LORA_RANK=32 BATCH_SIZE=32 CAPTIONS=200 OUTPUT_DIR=output"
+    defaults="STUDENT=sd_base STEPS=2000 CLIP_DISTILL_STEPS=2000 RECOVER_STEPS=1000 LR=1e-3 PRUNE_RATIO=0.3
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=2000
+        OUTPUT_DIR=output/full"
+else # minutes don't teach a student of fewer blocks enough: these leave the blocks and prune more of what is in them
+    defaults="STUDENT=none STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=300 LR=1e-3 PRUNE_RATIO=0.5
+        VAE_PRUNE_RATIO=0.35 LORA_STEPS=480 ROLLOUTS=120 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=200 OUTPUT_DIR=output"
 fi
 for default in $defaults; do
     name="${default%%=*}"
@@ -66,8 +67,9 @@ done
 for name in PRUNE_RATIO TEXT_ENCODER_PRUNE_RATIO VAE_PRUNE_RATIO; do
     [[ "${!name}" =~ ^(0|0?\.[0-9]+)$ ]] || fail "$name=${!name} is not in [0, 1)."
 done
-settings="$(for name in BASE DATA_DIR STUDENT STEPS CLIP_DISTILL_STEPS RECOVER_STEPS LORA_STEPS ROLLOUTS LR LORA_LR \
-    LORA_RANK BATCH_SIZE PRUNE_RATIO TEXT_ENCODER_PRUNE_RATIO VAE_PRUNE_RATIO FEW_STEPS; do echo "$name=${!name}"; done)"
+settled="BASE DATA_DIR STUDENT STEPS CLIP_DISTILL_STEPS RECOVER_STEPS LR PRUNE_RATIO TEXT_ENCODER_PRUNE_RATIO
+    VAE_PRUNE_RATIO LORA_STEPS ROLLOUTS LORA_LR LORA_RANK FEW_STEPS BATCH_SIZE"
+settings="$(for name in $settled; do echo "$name=${!name}"; done)"
 runs="$OUTPUT_DIR/runs"
 if [ -f "$runs/settings" ] && [ "$(cat "$runs/settings")" != "$settings" ]; then
     changed="$({ diff "$runs/settings" <(echo "$settings") || true; } | sed -n 's/^> //p' | tr '\n' ' ')"

@@ -21,7 +21,6 @@ from functools import partial
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import UNet2DConditionModel
 
 from common import arguments
 from common.arguments import weight
@@ -156,9 +155,7 @@ def check_student(args):
     With no --student_model, a teacher that sd_small can't be cut out of.
     """
     if not args.student_model:
-        load = {"subfolder": "unet", "revision": args.revision}
-        config = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, **load)
-        return students.student_config(students.empty_unet(config).config, "sd_small")
+        return students.read_student_config(args.pretrained_model_name_or_path, args.revision, "sd_small")
     manifest = read_manifest(args.student_model)
     check_compatible(args.student_model, "--student_model", args.pretrained_model_name_or_path, args.revision)
     if args.feature_weight and not manifest["feature_pairs"]:

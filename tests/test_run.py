@@ -65,7 +65,10 @@ if script is not None:
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(**variables)`: ([[script, word, ...], ...] of what run.sh ran, the process) in tmp_path, and again."""
+    """`run(**variables)`: ([[script, word, ...], ...] of what run.sh ran, the process), in tmp_path.
+
+    With a student unless the variables say otherwise; it may be called again.
+    """
     stand_ins = tmp_path / "stand-ins"
     stand_ins.mkdir()
     for name in ("python", "accelerate"):
@@ -79,7 +82,7 @@ def run(tmp_path):
         calls = tmp_path / "calls"
         calls.write_text("")
         path = f"{stand_ins}{os.pathsep}{os.environ['PATH']}"
-        environment = {"PATH": path, "CALLS": str(calls), "HOME": str(tmp_path), **variables}
+        environment = {"PATH": path, "CALLS": str(calls), "HOME": str(tmp_path), "STUDENT": "sd_base", **variables}
         ran = subprocess.run(
             ["bash", tmp_path / "run.sh", *words], env=environment, capture_output=True, text=True, timeout=60
         )
@@ -146,8 +149,9 @@ def test_each_stage_goes_on_from_the_last_that_was_made(run):
     ]
 
 
-def test_without_a_student_the_blocks_stay(run):
-    calls, _ = run(STUDENT="none", OUTPUT_DIR="elsewhere")
+@pytest.mark.parametrize("student", ["none", ""])
+def test_without_a_student_the_blocks_stay(run, student):
+    calls, _ = run(STUDENT=student, OUTPUT_DIR="elsewhere")
     assert scripts(calls) == CHAIN[2:]
     assert flag(calls, "train_text_encoder_kd.py", "--pretrained_model_name_or_path") == "assets/tiny-sd"
     assert flag(calls, "train_text_encoder_kd.py", "--output_dir") == "elsewhere/runs/text_encoder"

@@ -132,6 +132,12 @@ def student_config(config, variant=None, block_out_channels=None):
     return config
 
 
+def read_student_config(path, revision, variant):
+    """student_config of the UNet of a pipeline folder or hub id, from its config file alone. Raises ModelError."""
+    config = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    return student_config(empty_unet(config).config, variant)
+
+
 def check_widths(config, widths, wanted):
     """Raise ModelError unless every wanted width keeps a whole number of channels of each group and head."""
     if len(wanted) != len(widths):
