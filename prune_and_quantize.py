@@ -163,6 +163,8 @@ def check_parent(args, models):
         for name in ("calibration_steps", "eval_inference_steps"):
             if getattr(args, name) == 1:
                 raise UsageError(f"--{name} 1: PixArt's pipelines need 2 steps or more.")
+    if args.lora_dir and "unet" not in models:
+        raise UsageError("--lora_dir: LoRAs are checked on pipelines with a UNet, which this one has not.")
     if args.method == "width" and "unet" not in models:
         raise UsageError(f"--method width: {path} has no UNet.")
     if args.method == "width" and (manifest.get("keep") or manifest.get("pruned")):

@@ -50,6 +50,9 @@ FREE_ON_RESUME = {
     "allow_tf32",
     "eval_steps",
     "teacher_cpu_offload",
+    "lora_dir",
+    "int8_backend",
+    "int8_skip",
     "max_skipped_updates",
     "ddp_timeout",
 }

@@ -28,6 +28,7 @@ MISTAKES = [  # kind of pipeline, flags, what is said
     ("pixart", ["--text_encoder_prune_ratio", 0.5], "--text_encoder_prune_ratio: the text_encoder of {model} has no"),
     ("pixart", ["--eval_inference_steps", 1], "--eval_inference_steps 1: PixArt's pipelines need 2 steps"),
     ("flux", ["--method", "width"], "--method width: {model} has no UNet."),
+    ("flux", ["--lora_dir", "{good}"], "--lora_dir: LoRAs are checked on pipelines with a UNet"),
     ("flux", RECOVERY, "--finetune_steps: a pipeline without a UNet"),
     ("sd", ["--unet_prune_ratio", 0.99], "--unet_prune_ratio 0.99 leaves nothing of "),
     ("sd", ["--vae_prune_ratio", 0.99], "--vae_prune_ratio 0.99 leaves nothing of "),
@@ -73,7 +74,9 @@ def models(pipelines, tmp_path_factory):
         torch.save({"weight": torch.zeros(2)}, found[name])
     (folder / "loras").mkdir()
     torch.save({"lora": torch.zeros(2)}, folder / "loras" / "old.ckpt")
-    return {"sd": Path(pipelines()), "folder": folder, **found}
+    (folder / "good").mkdir()
+    save_file({"lora": torch.zeros(2)}, folder / "good" / "style.safetensors")
+    return {"sd": Path(pipelines()), "folder": folder, "good": folder / "good", **found}
 
 
 @pytest.mark.parametrize("kind, wrong, said", MISTAKES, ids=[f"{k} {' '.join(map(str, w))}" for k, w, _ in MISTAKES])
