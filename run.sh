@@ -29,9 +29,9 @@ elif [ "$FULL" = 1 ]; then
     defaults="STUDENT=sd_base STEPS=2000 CLIP_DISTILL_STEPS=2000 RECOVER_STEPS=1000 LR=1e-3 PRUNE_RATIO=0.3
         VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=2000
         OUTPUT_DIR=output/full"
-else # minutes don't teach a student of fewer blocks enough: these leave the blocks and prune more of what is in them
-    defaults="STUDENT=none STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=300 LR=1e-3 PRUNE_RATIO=0.5
-        VAE_PRUNE_RATIO=0.35 LORA_STEPS=480 ROLLOUTS=120 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=200 OUTPUT_DIR=output"
+else
+    defaults="STUDENT=sd_base STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=150 LR=1e-3 PRUNE_RATIO=0.3
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=400 ROLLOUTS=120 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=200 OUTPUT_DIR=output"
 fi
 for default in $defaults; do
     name="${default%%=*}"

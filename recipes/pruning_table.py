@@ -1,14 +1,21 @@
 """The table of recipes/tiny_pruning_table.sh, as Markdown, from the reports of its runs and their evaluation."""
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 COLUMNS = [(importance, steps) for importance in ("l1", "taylor") for steps in (0, 100)]
 RATIOS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
 
 
-def main(folder):
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the recipe writes")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    folder = args.folder
     judged = json.loads((folder / "evaluation" / "results.json").read_text())["configurations"]
     by_name = {Path(row["model"]).parent.name: row for row in judged}
 
@@ -29,4 +36,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(parse_args())

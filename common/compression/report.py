@@ -30,18 +30,17 @@ TABLE = (  # heading, column, how its value is written
 )
 
 
-def judge(run, source, captions, judges, contract, counted, original=None):
+def judge(run, name, source, captions, judges, contract, counted, original=None):
     """(row, images, {component: {"parameters", "bytes", "macs"}}) of a pipeline as it lies on disk.
 
-    source: of load_pipeline; judges: of results.load_judges; counted: the components that are told of one by one.
-    original: images, arrays (H, W, 3) in 0..255, that these are compared with; None: these are the original's. With no
-    captions only sizes are taken.
+    name: in the table; source: of load_pipeline; judges: of results.load_judges; counted: the components that are told
+    of one by one. original: images, arrays (H, W, 3) in 0..255, that these are compared with; None: these are the
+    original's. With no captions only sizes are taken.
     """
     args, device = run.args, run.device
     steps = contract["steps"] or args.eval_inference_steps
     few = min(steps, 2)  # of one alone PixArt's pipelines think that the model is made for it
     half = torch.float16 if device.type == "cuda" else torch.float32  # CPUs have no fast fp16
-    name = Path(source["path"]).name
     pipeline = load_pipeline(dtype=half if name.endswith("-fp16") else torch.float32, **source).to(device)
     parts = {}
     calls = calibration.record_inputs(
@@ -113,7 +112,11 @@ def write_report(run, sources, captions, contract, counted, told):
     rows, pictures, parts = [], [], {}
     for source in sources:
         original = [np.asarray(image, np.float32) for image in pictures[0]] if pictures and captions else None
-        row, images, found = judge(run, source, captions, judges, contract, counted, original)
+        path = Path(source["path"])
+        name = (
+            path.name if source is not sources[0] or not path.name.startswith("final") else "/".join(path.parts[-2:])
+        )
+        row, images, found = judge(run, name, source, captions, judges, contract, counted, original)
         if rows:
             row["role"] = "model"
         row["parameters_left"] = row["parameters"] / (rows[0] if rows else row)["parameters"]
