@@ -194,13 +194,13 @@ def plot_sensitivity(errors, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(errors), figsize=(7 * len(errors), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(errors), figsize=(8 * len(errors), 5), squeeze=False, layout="constrained")
     for axis, (component, curves) in zip(axes[0], errors.items()):
         for number, (name, curve) in enumerate(curves.items()):
             style = ("-", "--", ":")[number // 10 % 3]
-            axis.plot(list(map(float, curve)), list(curve.values()), style, marker=".", label=name[-44:])
+            axis.plot(list(map(float, curve)), list(curve.values()), style, marker=".", label=name.replace(".transformer_blocks", ""))
         axis.set(title=component, xlabel="share that goes of the layer", ylabel="relative error of the output")
         axis.set_yscale("log")
-        axis.legend(fontsize=5, ncols=2)
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
