@@ -198,7 +198,13 @@ def plot_sensitivity(errors, path):
     for axis, (component, curves) in zip(axes[0], errors.items()):
         for number, (name, curve) in enumerate(curves.items()):
             style = ("-", "--", ":")[number // 10 % 3]
-            axis.plot(list(map(float, curve)), list(curve.values()), style, marker=".", label=name.replace(".transformer_blocks", ""))
+            axis.plot(
+                list(map(float, curve)),
+                list(curve.values()),
+                style,
+                marker=".",
+                label=name.replace(".transformer_blocks", ""),
+            )
         axis.set(title=component, xlabel="share that goes of the layer", ylabel="relative error of the output")
         axis.set_yscale("log")
         axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
