@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("INT8").add_argument
     add(
         "--int8_backend",
-        choices=("torchao", "bitsandbytes"),
+        choices=quantization.BACKENDS,
         default="torchao",
         help="bitsandbytes needs a GPU, and leaves convolutions alone",
     )
@@ -292,6 +292,7 @@ def main(args):
         timesteps_known = from_contract["timesteps"] or range(schedule.num_train_timesteps)
         shape = latent_shape(pipeline, args.resolution)
         shown = {**contract, "steps": contract["steps"] or args.eval_inference_steps}
+        one_text = not any(component.startswith("text_encoder") for component in planned)
 
     for number in range(args.iterative):
         end = args.finetune_steps * (number + 1)
@@ -325,7 +326,9 @@ def main(args):
             for batch in run.batches(loader):
                 with accelerator.accumulate(student):
                     conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                    teacher_conditioning = encode_prompts(teacher, batch["captions"], args.resolution)
+                    teacher_conditioning = conditioning.to(run.dtype)
+                    if not one_text:
+                        teacher_conditioning = encode_prompts(teacher, batch["captions"], args.resolution)
                     latents = encode_images(teacher.vae, batch["pixel_values"])
                     drawn = draw(args, batch["step"], batch["positions"], shape, timesteps_known)
                     noise, timesteps = (x.to(run.device) for x in drawn)

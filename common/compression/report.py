@@ -84,7 +84,6 @@ def judge(run, name, source, captions, judges, contract, counted, original=None)
         measured["difference"] = [np.abs(a - b).mean() / 255 for a, b in zip(arrays, original or arrays)]
     columns = {
         "configuration": name,
-        "role": "model" if original else "baseline",
         "dtype": name.removeprefix("final-")
         if name.startswith("final-")
         else dtype_of(weight_files(source, "vae")[0]),
@@ -112,13 +111,11 @@ def write_report(run, sources, captions, contract, counted, told):
     rows, pictures, parts = [], [], {}
     for source in sources:
         original = [np.asarray(image, np.float32) for image in pictures[0]] if pictures and captions else None
-        path = Path(source["path"])
-        name = (
-            path.name if source is not sources[0] or not path.name.startswith("final") else "/".join(path.parts[-2:])
-        )
+        name = Path(source["path"]).name
+        if not rows and name.startswith("final"):  # as what comes out is called
+            name = "/".join(Path(source["path"]).parts[-2:])
         row, images, found = judge(run, name, source, captions, judges, contract, counted, original)
-        if rows:
-            row["role"] = "model"
+        row["role"] = "model" if rows else "baseline"
         row["parameters_left"] = row["parameters"] / (rows[0] if rows else row)["parameters"]
         rows.append(row)
         pictures.append(images)
