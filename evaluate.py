@@ -38,13 +38,13 @@ from common.compression.lora_conversion import load_converted
 from common.contract import TINY_SD
 from common.errors import UsageError
 from common.judging import metrics, results
-from common.judging.image_sets import open_image, real_features, sharded, to_pixels
-from common.judging.planning import NUM_IMAGES, plan_captions, plan_models, plan_real_images
+from common.judging.image_sets import open_file, real_features, sharded, to_pixels
+from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
 from common.judging.previews import image_grid
-from common.judging.sampling import default_batch_size, sample_timed, slug
 from common.pipelines import keep_vae_right, load_pipeline, weight_files
 from common.randomness import sample_generator
 from common.run import run_script
+from common.sampling import default_batch_size, sample_timed, slug
 from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
 
 GRID_IMAGES = 8
@@ -220,7 +220,7 @@ def judge_batch(images, captions, resolution, judges, reference):
     if judges.reader:
         found["scene_accuracy"] = metrics.scene_accuracy(judges.reader, pixels, captions).float()
     if judges.lpips:
-        others = to_pixels([open_image(file) for file in reference], resolution) if reference else pixels
+        others = to_pixels([open_file(file) for file in reference], resolution) if reference else pixels
         with torch.no_grad():
             found["lpips"] = judges.lpips(pixels.to(judges.device), others.to(judges.device)).flatten().cpu()
     return found
@@ -289,7 +289,7 @@ def evaluate_model(model, number, args, accelerator, judges, captions, real, ref
 
         def work(indices):
             if not pipeline:
-                images, seconds = [open_image(files[k]) for k in indices], {}
+                images, seconds = [open_file(files[k]) for k in indices], {}
             else:
                 if len(indices) not in warm:
                     warm.add(len(indices))
@@ -343,7 +343,7 @@ def short_names(models):
 def write_pictures(output, runs, captions):
     """grid.png, and the plots that these runs give something to draw for."""
     side = (max(entry["resolution"] for _, entry in runs),) * 2
-    shown = [[ImageOps.fit(open_image(file), side) for file in entry["files"][:GRID_IMAGES]] for _, entry in runs]
+    shown = [[ImageOps.fit(open_file(file), side) for file in entry["files"][:GRID_IMAGES]] for _, entry in runs]
     names = short_names([entry["model"] for _, entry in runs])
     heads = [f"{name[-16:]} {rows[0].get('steps', '')}".strip() for name, (rows, _) in zip(names, runs)]
     image_grid([list(row) for row in zip(*shown)], captions, heads).save(output / "grid.png")
@@ -366,6 +366,7 @@ def main(args):
     args.num_images = args.num_images or min(NUM_IMAGES, len(captions))
     if args.num_images < 2:
         raise UsageError("There is one caption, and statistics need two images at least: add --num_images.")
+    check_captions(captions, models, args.num_images)
     captions = captions and captions[: args.num_images]
     real = plan_real_images(args, dataset, drawn, models[0].resolution)
     output = Path(args.output_dir)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from tqdm.auto import tqdm
 
 from common import arguments, shapes
@@ -40,13 +40,14 @@ from common.compression.lora_conversion import load_converted
 from common.compression.quantized_folders import quantization_of
 from common.contract import comes_from_tiny_sd, parent_source, pipeline_source, read_distillation, sampling_guidance
 from common.errors import UsageError
+from common.images import ImageError, open_image
 from common.judging import metrics, results
 from common.judging.previews import image_grid
-from common.judging.sampling import default_batch_size, read_prompts_file, sample_timed, slug
 from common.lora import check_lora_path
 from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config
 from common.randomness import sample_generator
 from common.run import run_script
+from common.sampling import check_prompts, default_batch_size, read_prompts_file, sample_timed, slug
 from common.schedulers import ddim_scheduler, list_timesteps, saved_scheduler, scheduler_for, student_scheduler
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
@@ -210,9 +211,8 @@ def read_prompts(args, plan):
     else:
         default = "shapes20.txt" if comes_from_tiny_sd(plan.model["path"]) else "coco20.txt"
         return read_prompts_file(args.prompts_file or PROMPTS / default)
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise UsageError(f"{where} has no prompt in it.")
+    prompts = [prompt.strip() for prompt in prompts]
+    check_prompts(prompts, where)
     return prompts
 
 
@@ -387,9 +387,9 @@ def main(args):
     init_image = None
     if args.init_image:
         try:
-            init_image = Image.open(args.init_image).convert("RGB")
-        except OSError:
-            raise UsageError(f"--init_image {args.init_image}: there is no image that can be read.") from None
+            init_image = open_image(args.init_image)
+        except ImageError as error:
+            raise UsageError(f"--init_image {args.init_image} can't be used: {error}.") from None
     native = read_pipeline_config(plan.model["path"], plan.model["revision"], quantized=True)[1]
     args.resolution = args.resolution or native
     args.batch_size = args.batch_size or default_batch_size(args.resolution)

@@ -48,13 +48,13 @@ from common.ema import EMA, copy_tensors
 from common.errors import UsageError
 from common.judging.previews import preview
 from common.judging.results import print_table
-from common.judging.sampling import read_prompts_file
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import default_guidance, latent_shape, load_frozen, load_pipeline, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
+from common.sampling import read_prompts_file
 from common.settle import settle
 
 PROMPTS = Path(__file__).parent / "prompts" / "coco20.txt"

@@ -33,9 +33,9 @@ from common.compression import channels  # noqa: E402
 from common.compression.quantized_folders import quantization_of  # noqa: E402
 from common.errors import UsageError  # noqa: E402
 from common.judging import results  # noqa: E402
-from common.judging.sampling import sample_timed  # noqa: E402
 from common.pipelines import keep_vae_right, load_pipeline, read_pipeline_config  # noqa: E402
 from common.run import run_script  # noqa: E402
+from common.sampling import sample_timed  # noqa: E402
 
 ARCHITECTURES = {"sd15": {"sample_size": 64, "cross_attention_dim": 768}}  # else as a UNet is by default
 TOKENS = 77  # of a text, for an architecture

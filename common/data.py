@@ -20,17 +20,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common.data_formats import CAPTION_COLUMNS, READ_ERRORS, first_line, inside, load_named, read_data_dir, too_many
+from common.data_formats import IMAGE_COLUMNS, find_image, load_named, read_data_dir, too_many
 from common.errors import DataError
+from common.images import ImageError, open_image
 from common.randomness import sample_generator
 from common.shapes import IMAGE_SIZE, caption_of, training_sample, training_scene
+from common.texts import CAPTION_COLUMNS, NO_CAPTION, Notes, captions_of
 
 logger = logging.getLogger(__name__)
-
-# Pillow's other readers stay closed to data from strangers (EPS, for one, would start Ghostscript).
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 100_000_000  # a larger image counts as unreadable
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 
 
 def to_square(image, resolution, crop_x, crop_y, flip):
@@ -85,8 +82,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         while True:
             if not self.unreadable[index]:
                 try:
-                    return index, self._decode(index)
-                except Exception as error:  # broken bytes make Pillow's readers raise anything
+                    return index, open_image(self.image_file(index))
+                except (ImageError, DataError, OSError) as error:
                     self.unreadable[index] = True
                     logger.warning("skipping an unreadable image, %s: %s", self.name(index), error)
             bad = int(self.unreadable.sum())
@@ -95,15 +92,6 @@ class CaptionedImages(torch.utils.data.Dataset):
                     f"{bad} of {self.size} images of {self.source} can't be read, e.g. {self.name(index)}."
                 )
             index = (index + 1) % self.size
-
-    def _decode(self, index):
-        with Image.open(self.image_file(index), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are too many")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # convert() would clip 16-bit gray to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
 
 
 class FileDataset(CaptionedImages):
@@ -162,6 +150,27 @@ class TableDataset(CaptionedImages):
             if isinstance(features[self.image_column], Image):
                 self.image_table = self.image_table.cast_column(self.image_column, Image(decode=False))
         super().__init__(args, len(table), needs_images, source)
+        notes = Notes()
+        for index, count in self._empty_captions():
+            notes.add(NO_CAPTION, self.name(index), count)
+        notes.say()
+
+    def _empty_captions(self):
+        """(a row of them, count) of each part of the table that has texts or lists without a caption in them."""
+        import pyarrow.compute as compute
+
+        feature, start = self.caption_table.features[self.caption_column], 0
+        for chunk in self.caption_table.data.column(self.caption_column).iterchunks():
+            if getattr(feature, "feature", None) is not None:
+                lengths = compute.list_value_length(chunk)
+            elif self.class_names is None and "string" in feature.dtype:
+                lengths = compute.utf8_length(compute.utf8_trim_whitespace(chunk))
+            else:
+                return
+            empty = compute.equal(compute.fill_null(lengths, 0), 0)
+            if count := compute.sum(empty).as_py():
+                yield start + compute.index(empty, True).as_py(), count
+            start += len(chunk)
 
     def name(self, index):
         return f"row {index} of {self.source}"
@@ -172,12 +181,13 @@ class TableDataset(CaptionedImages):
         if content is not None:
             return io.BytesIO(content)
         if path is None:
-            raise ValueError("it has no image")
-        return path if self.folder is None else inside(self.folder, self.folder, path)
+            raise ImageError("it has no image")
+        return path if self.folder is None else find_image(self.folder, [self.folder], path)[0]
 
     def captions(self, index):
         values = self.caption_table[index][self.caption_column]
-        return [self._caption(value) for value in (values if isinstance(values, list) else [values])] or [""]
+        values = values if isinstance(values, list) else [values]
+        return captions_of([self._caption(value) for value in values], self.name(index))
 
     def _caption(self, value):
         if isinstance(value, str):
@@ -242,13 +252,11 @@ def load_dataset_from_args(args, needs_images=True):
         return TableDataset(args, load_named(args.dataset_name), needs_images, f"--dataset_name {args.dataset_name}")
     try:
         content, source, folder = read_data_dir(args, needs_images)
-        if isinstance(content, list):
-            return FileDataset(args, content, needs_images, source)
-        return TableDataset(args, content, needs_images, source, folder)
-    except DataError:
-        raise
-    except READ_ERRORS as error:
-        raise DataError(f"--data_dir {args.data_dir} can't be read ({first_line(error)}).") from error
+    except OSError as error:
+        raise DataError(f"--data_dir {args.data_dir} can't be read ({error.strerror}: {error.filename}).") from None
+    if isinstance(content, list):
+        return FileDataset(args, content, needs_images, source)
+    return TableDataset(args, content, needs_images, source, folder)
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):

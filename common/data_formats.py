@@ -1,40 +1,52 @@
 """The formats of training data: what --data_dir and --dataset_name hold, read into lists of samples or into tables.
 
-`read_data_dir` recognises what --data_dir holds, in this order:
- 1. COCO           annotations/captions_*.json (the train files if there are any), images in <suffix>/, images/ or ./
+`read_data_dir` takes the first of these that --data_dir holds and that is usable, and says what it passed over:
+ 1. COCO           annotations/captions_*.json (the train files if there are any), images in <suffix>/,
+                   images/<suffix>/, images/ or ./
  2. webdataset     *.tar shards with pairs of image and .txt or .json; only headers and captions are read at load time
  3. parquet        *.parquet tables with an image and a caption column
- 4. imagefolder    metadata.jsonl or metadata.csv (here or in train/) with file_name and caption columns
+ 4. imagefolder    metadata.jsonl, .csv or .parquet, here, in train/ or in the folders of the images, with columns for
+                   the file's name and the caption
  5. captions       captions.json: [{"text": "a cat", "file_name": "1.jpg"}], file_name only where images are needed
- 6. pairs          images with a .txt caption beside each, in any subfolder
-A .tar, .parquet or .json file may also be given itself. Hidden files are ignored; of shards and tables those named
-train are used where there are any. A sample is (path, offset, length, captions): an image file, offset and length
-None, or a part of a shard. No image is opened here.
+ 6. pairs          images with a .txt (or .caption) beside each, in any subfolder
+A .tar, .parquet, .json, .jsonl or .csv file may also be given itself. Hidden files are ignored, links are followed; of
+shards and tables those named train are used where there are any. A sample without a caption has the empty one. A
+sample is (path, offset, length, captions): an image file, offset and length None, or a part of a shard. No image is
+opened here.
 """
 
-import csv
-import io
-import json
-import logging
 import os
 import re
 import tarfile
+import unicodedata
 from pathlib import Path
 
-from common.errors import DataError
-
-logger = logging.getLogger(__name__)
+from common.errors import DataError, first_line
+from common.images import IMAGE_EXTENSIONS
+from common.texts import (
+    CAPTION_COLUMNS,
+    Notes,
+    captions_of,
+    decode,
+    parse_json,
+    read_records,
+    read_text,
+    record_captions,
+)
 
 ACCEPTED = (
     "COCO annotations/captions_*.json, webdataset .tar shards, .parquet files, metadata.jsonl or metadata.csv, "
     "captions.json, or images with .txt captions beside them"
 )
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"}
-FILE_COLUMNS = ("file_name", "image")
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
+FILE_COLUMNS = ("file_name", "image", "filename", "image_path", "img_path", "path", "file")
+TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar")  # what may hold captions
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 UNREADABLE_SHARE, UNREADABLE_MIN = 0.05, 3  # more than the share, and at least so many: the run stops
-# What the readers raise on broken files.
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, csv.Error)
+
+
+class Unusable(DataError):
+    """Files of a known format that are no training data: what lies beside them may be."""
 
 
 def too_many(bad, total):
@@ -52,162 +64,309 @@ def inside(root, base, name):
     return path
 
 
-def _read_text(path):
-    return Path(path).read_text(encoding="utf-8-sig", errors="replace").strip()
+def find_image(root, bases, name):
+    """(path, whether it exists) of an image that a table names, under the first of `bases` that has it.
+
+    Windows' separators, and the composed or decomposed form of its letters that the file's name has, are found too.
+    """
+    if not isinstance(name, str):
+        raise DataError(f"{name!r}, in the column of image files, is no path.")
+    spellings = [name, name.replace("\\", "/")]
+    spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
+    paths = [inside(root, base, spelling) for base in bases for spelling in dict.fromkeys(spellings)]
+    found = next(filter(os.path.isfile, paths), None)
+    return found or paths[0], found is not None
 
 
-def _row_captions(row, asked, where):
-    """The captions (a list of str) of one record of a metadata file. Raises DataError where it has none."""
-    row = row if isinstance(row, dict) else {"text": row}
-    column = next((name for name in ((asked,) if asked else CAPTION_COLUMNS) if name in row), None)
-    if column is None:
-        wanted = f"--caption_column {asked!r}" if asked else f"caption column ({', '.join(CAPTION_COLUMNS)})"
-        raise DataError(f"{where} has no {wanted}; it has {', '.join(map(str, row))}.")
-    captions = row[column] if isinstance(row[column], list) else [row[column]]
-    if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise DataError(f"The caption column {column!r} of {where} holds no text.")
-    return captions
-
-
-def _read_coco(folder, annotations):
-    """(samples, paths of missing images) of COCO caption files. Any number may be missing: a part of COCO will do."""
-    samples, missing = [], []
-    training = [path for path in annotations if path.name.startswith("captions_train")]
-    for path in training or annotations:
-        content = json.loads(_read_text(path))
-        captions = {}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-        places = (folder / path.stem.removeprefix("captions_"), folder / "images", folder)
-        for image in content["images"]:
-            if image["id"] in captions:
-                candidates = [inside(folder, place, image["file_name"]) for place in places]
-                found = next(filter(os.path.isfile, candidates), None)
-                missing += [] if found else [candidates[0]]
-                samples.append((found or candidates[0], None, None, captions[image["id"]]))
-    return samples, missing
-
-
-def _read_tars(shards, caption_column):
-    """Samples of webdataset shards: where each image lies in its shard, and its captions. No image is read."""
-    samples, incomplete = [], []
-    for shard in shards:
-        images, captions = {}, {}
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key, extension = f"{folder}/{stem}", extension.lower()
-                if not member.isfile():
-                    continue
-                if extension in IMAGE_EXTENSIONS:
-                    images.setdefault(key, (str(shard), member.offset_data, member.size))
-                elif extension in ("txt", "caption"):
-                    captions[key] = [tar.extractfile(member).read().decode("utf-8", "replace").strip()]
-                elif extension == "json" and key not in captions:
-                    row = json.loads(tar.extractfile(member).read())
-                    # A .json beside a .txt is often mere metadata: only one with a caption counts.
-                    if isinstance(row, dict) and any(name in row for name in (caption_column, *CAPTION_COLUMNS)):
-                        captions[key] = _row_captions(row, caption_column, f"{shard}:{member.name}")
-        samples += [(*image, captions[key]) for key, image in images.items() if key in captions]
-        incomplete += [f"{shard}:{key.strip('/')}" for key in images.keys() ^ captions.keys()]
-    if incomplete:
-        logger.warning("%d keys lack an image or a caption, e.g. %s", len(incomplete), min(incomplete))
-    return samples
-
-
-def _read_rows(root, path, args, needs_images):
-    """(samples, paths of missing images) of metadata.jsonl, metadata.csv or captions.json."""
-    text = _read_text(path)
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    else:
-        rows = json.loads(text)
-        if not isinstance(rows, list):
-            raise DataError(f'{path} is not a list of captions like [{{"text": "a cat"}}].')
-    samples, missing = [], []
-    for row in rows:
-        captions, image = _row_captions(row, args.caption_column, path), None
-        if needs_images:
-            columns = (args.image_column,) if args.image_column else FILE_COLUMNS
-            image = next((row[name] for name in columns if isinstance(row, dict) and row.get(name)), None)
-            if image is None and path.suffix == ".json":
-                raise DataError(f"{path} holds captions without images, and this method trains on images.")
-            if image is None:
-                columns, present = " or ".join(columns), ", ".join(map(str, row))
-                raise DataError(f"{path} has no column {columns} with a path; it has {present}.")
-            image = inside(root, path.parent, image)
-            missing += [] if os.path.isfile(image) else [image]
-        samples.append((image, None, None, captions))
-    if missing and too_many(len(missing), len(rows)):
-        raise DataError(f"{len(missing)} of the {len(rows)} images that {path} names don't exist, e.g. {missing[0]}.")
-    return samples, missing
+def files_in(folder):
+    """The files in a folder and in those below it, links followed, hidden ones left out: a sorted list of paths."""
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(where) / name for name in names if name[0] != "."]
+    return sorted(found)
 
 
 def read_data_dir(args, needs_images):
     """(content, source, folder): what --data_dir holds, how errors name it, and the folder that image paths stay in.
 
     The content is a list of samples, or a datasets.Dataset where it is parquet. Raises DataError where there is
-    nothing usable, and READ_ERRORS where a file is broken.
+    nothing usable or a file is broken.
     """
     path = Path(os.path.abspath(os.path.expanduser(args.data_dir)))
     source, single = f"--data_dir {path}", path.is_file()
     folder = path.parent if single else path
     if not path.exists():
         raise DataError(f"{source} does not exist.")
-    walked = [path] if single else [Path(where) / name for where, _, names in os.walk(path) for name in names]
-    files = sorted(file for file in walked if not any(part[0] == "." for part in file.relative_to(folder).parts))
+    files = [path] if single else files_in(folder)
     if not files:
         raise DataError(f"{source} is empty.")
+    notes, refused = Notes(), []
 
-    def ending(suffix):
-        found = [file for file in files if file.suffix.lower() == suffix]
-        return [f for f in found if re.search(r"(^|[/_.-])train", f.relative_to(folder).as_posix())] or found
+    def there(samples, missing):
+        """The samples whose images exist; the others are counted."""
+        if needs_images and missing:
+            notes.add("images don't exist and are left out", missing[0], len(missing))
+            left_out = set(missing)
+            samples = [sample for sample in samples if sample[0] not in left_out]
+            if not samples:
+                raise Unusable(
+                    f"{source} has no usable samples: none of its {len(missing)} images exists, e.g. {missing[0]}."
+                )
+        return samples
 
-    coco = sorted((folder / "annotations").glob("captions_*.json")) if not single else []
-    rows = [folder / name for name in ("metadata.jsonl", "metadata.csv", "train/metadata.jsonl", "train/metadata.csv")]
-    rows = (
-        [path] if single and path.suffix == ".json" else [f for f in (*rows, folder / "captions.json") if f in files]
+    images = [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+    kinds = (
+        (_coco_files, lambda found: there(*_read_coco(folder, found, notes))),
+        (_shards, lambda found: _read_tars(found, args.caption_column, notes)),
+        (_tables, lambda found: _load_parquet(found, source, args, needs_images)),
+        (_metadata_files, lambda found: there(*_read_rows(folder, found, images, args, needs_images, notes))),
+        (_captioned, lambda found: _read_pairs(images, found, source, notes)),
     )
-    images = [] if single else [file for file in files if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
-    missing = []
-    if coco:
-        samples, missing = _read_coco(folder, coco)
-    elif shards := ending(".tar"):
-        samples = _read_tars(shards, args.caption_column)
-    elif tables := ending(".parquet"):
-        return _load_parquet(tables, source), source, folder
-    elif rows:
-        samples, missing = _read_rows(folder, rows[0], args, needs_images)
-    elif images:
-        captioned = [file for file in images if file.with_suffix(".txt").is_file()]
-        samples = [(str(file), None, None, [_read_text(file.with_suffix(".txt"))]) for file in captioned]
-        bare = [str(file) for file in images if not file.with_suffix(".txt").is_file()]
-        if bare:
-            logger.warning("%d images have no .txt caption beside them and are left out, e.g. %s", len(bare), bare[0])
-        if not samples:
-            raise DataError(f"None of the {len(images)} images of {source} has a .txt caption beside it.")
-    else:
-        found = ", ".join(str(file.relative_to(folder)) for file in files[:3])
-        raise DataError(f"{source} holds none of {ACCEPTED}; found {len(files)} files: {found}.")
-    if needs_images and missing:
-        logger.warning("%d images don't exist and are left out, e.g. %s", len(missing), missing[0])
-        left_out = set(missing)
-        samples = [sample for sample in samples if sample[0] not in left_out]
-        if not samples:
-            raise DataError(f"{source} has no usable samples: none of its {len(missing)} images exists.")
-    return samples, source, folder
+    for find, read in kinds:
+        found = find(folder, files, single)
+        if not found:
+            continue
+        try:
+            content = read(found)
+        except Unusable as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            notes.add(f"set of a known format is not used ({reason.rstrip('.')})", source)
+        _say_passed_over(files, {*found, *images}, folder, notes)
+        notes.say()
+        return content, source, folder
+    if refused:
+        raise DataError(" ".join(refused))
+    if images:
+        refused.append(f"None of the {len(images)} images of {source} has a .txt caption beside it.")
+    tables = [file for file in files if file.suffix.lower() in TABLES]
+    listed = ", ".join(str(file.relative_to(folder)) for file in (tables or files)[:3])
+    what = "tables" if tables else "files"
+    refused.append(f"{source} holds none of {ACCEPTED}; found {len(tables or files)} {what}: {listed}.")
+    raise DataError(" ".join(refused))
 
 
-def _load_parquet(tables, source):
+def _say_passed_over(files, used, folder, notes):
+    """Note the tables and shards that were not read; a .json of an image's name belongs to the image."""
+    named = {file.with_suffix("") for file in used}
+    rest = [f for f in files if f.suffix.lower() in TABLES and f not in used and f.with_suffix("") not in named]
+    if rest:
+        notes.add("files that may hold captions are passed over", rest[0].relative_to(folder), len(rest))
+
+
+# What is there
+
+
+def _train_first(found, folder):
+    return [f for f in found if re.search(r"(^|[/_.-])train", f.relative_to(folder).as_posix())] or found
+
+
+def _coco_files(folder, files, single):
+    found = [f for f in files if f.parent == folder / "annotations" and re.fullmatch(r"captions_.*\.json", f.name)]
+    training = [file for file in found if file.name.startswith("captions_train")]
+    return [] if single else training or found
+
+
+def _shards(folder, files, single):
+    return _train_first([file for file in files if file.suffix.lower() == ".tar"], folder)
+
+
+def _tables(folder, files, single):
+    found = [file for file in files if file.suffix.lower() == ".parquet" and file.name.lower() not in METADATA]
+    return _train_first(found, folder)
+
+
+def _metadata_files(folder, files, single):
+    """The tables of file names and captions: the one given, else that here, or in train/, or all; or captions.json."""
+    found = [file for file in files if file.name.lower() in METADATA]
+    if single:
+        return found or [file for file in files if file.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")]
+    here = [file for file in found if file.parent == folder]
+    in_train = [file for file in found if file.parent == folder / "train"]
+    return (
+        here[:1]
+        or in_train[:1]
+        or _train_first(found, folder)
+        or [file for file in files if file.parent == folder and file.name.lower() == "captions.json"]
+    )
+
+
+def _captioned(folder, files, single):
+    return [file for file in files if file.suffix.lower() in (".txt", ".caption")]
+
+
+# Reading it
+
+
+def _read_coco(folder, annotations, notes):
+    """(samples, paths of missing images) of COCO caption files. Any number may be missing: a part of COCO will do."""
+    samples, missing = [], []
+    for path in annotations:
+        content, captions = parse_json(read_text(path), path), {}
+        try:
+            for annotation in content["annotations"]:
+                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            images = [(image["id"], image["file_name"]) for image in content["images"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} is no file of COCO captions ({type(error).__name__}: {first_line(error)})."
+            ) from None
+        split = path.stem.removeprefix("captions_")
+        places = (folder / split, folder / "images" / split, folder / "images", folder)
+        for number, name in images:
+            if number in captions:
+                image, exists = find_image(folder, places, name)
+                missing += [] if exists else [image]
+                samples.append((image, None, None, captions_of(captions[number], f"{path}, image {number}", notes)))
+    return samples, missing
+
+
+def _read_tars(shards, column, notes):
+    """Samples of webdataset shards: where each image lies in its shard, and its captions. No image is read."""
+    samples = []
+    for shard in shards:
+        try:
+            samples += _read_tar(shard, column, notes)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{shard} can't be read as a .tar ({first_line(error)}).") from None
+    if not samples:
+        raise Unusable(f"No pair of an image and a caption is in its {len(shards)} .tar files, e.g. {shards[0]}.")
+    return samples
+
+
+def _read_tar(shard, column, notes):
+    images, captions, records = {}, {}, {}
+    with open(shard, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise DataError(f"{shard} is compressed: unpack it (gunzip), so that any image in it can be read at once.")
+    with tarfile.open(shard, "r:") as tar:
+        while True:
+            try:
+                member = tar.next()
+            except tarfile.ReadError:  # cut within a member
+                member = None
+            if member is None:
+                break
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key, extension = f"{folder}/{stem}".strip("/"), extension.lower()
+            if not member.isfile() or base.startswith("."):
+                continue
+            if extension in IMAGE_EXTENSIONS and key in images:
+                notes.add("keys have two images in one shard, of which the first is used", f"{shard}:{member.name}")
+            elif extension in IMAGE_EXTENSIONS:
+                images[key] = (str(shard), member.offset_data, member.size)
+            elif extension in ("txt", "caption", "json"):
+                try:
+                    text = decode(tar.extractfile(member).read(), f"{shard}:{member.name}")
+                except tarfile.ReadError:
+                    break
+                (records if extension == "json" else captions)[key] = (f"{shard}:{member.name}", text)
+        size, end = os.path.getsize(shard), tar.offset
+        tar.fileobj.seek(end)
+        if end > size or any(tar.fileobj.read(2**20)):
+            notes.add("shards are cut or damaged and lose what follows", f"{shard}, at byte {min(end, size)}")
+        elif end == size:
+            notes.add("shards have no end mark and may be cut", f"{shard}, at byte {size}")
+    found = {key: captions_of(text, where, notes) for key, (where, text) in captions.items()}
+    for key, (where, text) in records.items():  # beside a .txt it is often mere metadata
+        record = parse_json(text, where) if key in images and key not in found else None
+        if isinstance(record, dict) and any(name in record for name in (column, *CAPTION_COLUMNS)):
+            found[key] = record_captions(record, column, where, notes)
+    incomplete = sorted(images.keys() ^ found.keys())
+    if incomplete:
+        notes.add("keys lack an image or a caption", f"{shard}:{incomplete[0]}", len(incomplete))
+    whole = {key: image for key, image in images.items() if key in found}
+    for key in [key for key, (_, offset, length) in whole.items() if offset + length > size]:
+        del whole[key]  # the member that the shard was cut in
+    return [(*image, found[key]) for key, image in whole.items()]
+
+
+def _read_rows(root, paths, images, args, needs_images, notes):
+    """(samples, paths of missing images) of tables that name image files and their captions."""
+    columns, samples, missing = (args.image_column,) if args.image_column else FILE_COLUMNS, [], []
+    for path in paths:
+        records = _parquet_records(path) if path.suffix.lower() == ".parquet" else read_records(path)
+        for where, record in records:
+            captions, image = record_captions(record, args.caption_column, where, notes), None
+            if needs_images:
+                present = record if isinstance(record, dict) else {}
+                named = [name for name in columns if present.get(name)]
+                if not named and present.keys() <= {args.caption_column, *CAPTION_COLUMNS}:
+                    raise Unusable(f"{path} holds captions without images, and this method trains on images.")
+                if not named:
+                    wanted, has = " or ".join(columns[:2]), ", ".join(map(str, present))
+                    raise DataError(f"{where} has no column {wanted} with a path; it has {has} (see --image_column).")
+                image, exists = find_image(root, (path.parent,), record[named[0]])
+                missing += [] if exists else [image]
+            samples.append((image, None, None, captions))
+    if missing and too_many(len(missing), len(samples)):
+        raise DataError(
+            f"{len(missing)} of the {len(samples)} images that {paths[0]} names don't exist, e.g. {missing[0]}."
+        )
+    if needs_images:
+        named = {sample[0] for sample in samples}
+        around = [image for image in images if any(image.is_relative_to(path.parent) for path in paths)]
+        strangers = [image for image in around if str(image) not in named]
+        if strangers:
+            notes.add(f"images are not named in {paths[0].name} and are left out", strangers[0], len(strangers))
+    return samples, missing
+
+
+def _parquet_records(path):
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read_pairs(images, captioned, source, notes):
+    """Samples of images with a caption file beside each."""
+    beside = {file.with_suffix(""): file for file in captioned}
+    samples = [
+        (str(image), None, None, captions_of(read_text(beside[key]), beside[key], notes))
+        for image in images
+        if (key := image.with_suffix("")) in beside
+    ]
+    if not samples and images:
+        raise Unusable(f"None of the {len(images)} images of {source} has a .txt caption beside it.")
+    if not samples:
+        raise Unusable(f"{source} has {len(captioned)} text files and no image, e.g. {captioned[0].name}.")
+    stems = {image.with_suffix("") for image in images}
+    bare = [image for image in images if image.with_suffix("") not in beside]
+    lonely = [file for file in captioned if file.with_suffix("") not in stems]
+    if bare:
+        notes.add("images have no .txt caption beside them and are left out", bare[0], len(bare))
+    if lonely:
+        notes.add("text files have no image beside them", lonely[0], len(lonely))
+    return samples
+
+
+def _load_parquet(tables, source, args, needs_images):
     import datasets
+    import pyarrow.parquet
 
     try:
-        return datasets.load_dataset("parquet", data_files=[str(file) for file in tables], split="train")
-    except Exception as error:  # pyarrow's, datasets' own, or the file system's
-        raise DataError(f"{source} has parquet files that can't be read ({first_line(error)}).") from error
+        schema = pyarrow.parquet.read_schema(tables[0])
+    except Exception as error:  # pyarrow's, or the file system's
+        raise DataError(f"{tables[0]} can't be read as parquet ({first_line(error)}).") from None
+    known = (args.image_column,) if args.image_column else IMAGE_COLUMNS
+    pictured = any(name in known or pyarrow.types.is_struct(schema.field(name).type) for name in schema.names)
+    if needs_images and not pictured and not args.image_column:
+        raise Unusable(f"{tables[0]} has no column of images; it has {', '.join(schema.names)}.")
+    try:
+        # Escaped: `datasets` takes the [ and * of a path for a pattern.
+        names = [re.sub(r"([*?[])", r"[\1]", str(file)) for file in tables]
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    except Exception as error:
+        raise _not_loaded(f"{source} has parquet files that can't be read", error) from error
 
 
 def load_named(name):
@@ -218,7 +377,7 @@ def load_named(name):
         saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
         table = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # the network's, the hub's, pyarrow's or the file system's: the user sees a sentence
-        raise DataError(f"--dataset_name {name} can't be loaded ({first_line(error)}).") from error
+        raise _not_loaded(f"--dataset_name {name} can't be loaded", error) from error
     if isinstance(table, dict):
         if "train" not in table and len(table) != 1:
             raise DataError(f"--dataset_name {name} has no train split; it has {', '.join(table)}.")
@@ -226,5 +385,16 @@ def load_named(name):
     return table
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+def _not_loaded(what, error):
+    """The DataError of what `datasets` raised: the data's fault, or that of the cache, into which it writes a copy."""
+    import datasets
+
+    cache, cause = datasets.config.HF_DATASETS_CACHE, error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.filename and Path(cause.filename).is_relative_to(Path(cache).parent):
+            return DataError(
+                f"The cache of `datasets`, {cache}, can't be written ({cause.strerror}): set HF_DATASETS_CACHE to a "
+                "folder that can."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return DataError(f"{what} ({type(error).__name__}: {first_line(error)}).")

@@ -17,9 +17,9 @@ from common.compression.lora_check import REPORT, TABLE, check_loras, lora_files
 from common.compression.manifest import MANIFEST, read_manifest
 from common.contract import TINY_SD, comes_from_tiny_sd, read_distillation
 from common.judging.results import make_outdir, print_table
-from common.judging.sampling import read_prompts_file
 from common.pipelines import load_pipeline, read_pipeline_config
 from common.run import run_script
+from common.sampling import read_prompts_file
 
 PROMPTS = Path(__file__).parent.parent / "prompts" / "coco20.txt"
 STEPS = 25  # of a pipeline that is for no number of steps of its own

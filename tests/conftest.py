@@ -280,6 +280,14 @@ def launch_command(script, *arguments, processes=1):
     return [*launcher, str(script), *(str(argument) for argument in arguments)]
 
 
+def fork(script, *arguments, processes=1, cwd=ROOT, output):
+    """Start a script without a launcher and with its libraries loaded; what it says goes to the file `output`."""
+    from forking import Forked
+
+    Path(output).touch()
+    return Forked(script, arguments, environment(), cwd, output, processes)
+
+
 def launch(script, *arguments, processes=1, cwd=ROOT, check=True):
     """Launch a script and wait; returns the finished process with its output as text."""
     result = subprocess.run(

@@ -1,13 +1,14 @@
 """What tests of several scripts share: short runs, killed runs, checkpoints compared, mistakes, stock diffusers."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import launch, run_main
+from conftest import fork, run_main
 from safetensors.torch import load_file
 
 from common.run import run_script
@@ -84,12 +85,20 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def kill_9_while_saving(tmp_path, checkpoint, script, *arguments, processes=1):
-    """Launch a script that kills itself between the two halves of `checkpoint`, the name of its folder."""
+def kill_9_while_saving(tmp_path, checkpoint, script, *arguments):
+    """Start a script that kills itself between the two halves of `checkpoint`, the name of its folder."""
     (tmp_path / "killed.py").write_text(KILLED_WHILE_SAVING)
     command = [tmp_path / "killed.py", script, checkpoint, *arguments]
-    result = launch(*command, check=False, processes=processes)
-    assert result.returncode != 0 and "SIGKILL" in result.stdout, result.stdout[-2000:]
+    process = fork(*command, output=tmp_path / "killed.txt")
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "killed.txt").read_text()[-2000:]
+
+
+def fork_and_wait(tmp_path, script, *arguments, **options):
+    """Start a script that must succeed; returns what it said."""
+    process = fork(script, *arguments, output=tmp_path / "said.txt", **options)
+    code, said = process.wait(), (tmp_path / "said.txt").read_text()
+    assert code == 0, said[-4000:]
+    return said
 
 
 # Flags and mistakes

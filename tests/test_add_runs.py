@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, launch, read_json, run_in_process
+from conftest import ROOT, read_json, run_in_process
 from contract import assert_contract
 from diffusers import UNet2DConditionModel
-from launching import checkpoint_tensors, error_of, quick, see_with
+from launching import checkpoint_tensors, error_of, fork_and_wait, quick, see_with
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Model
@@ -319,7 +319,7 @@ def test_mismatched_captions_are_the_same_however_the_batch_is_split(pipelines, 
 def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
     """Up to the order of a sum; the heads' gradients too, which DDP averages with R1's double backward in them."""
     more = [*FAR, "--discriminator_updates", 2, "--checkpointing_steps", 2, "--batch_size", 2]
-    launch(SCRIPT, *quick(pipelines, tmp_path, *more, steps=4), processes=2)
+    fork_and_wait(tmp_path, SCRIPT, *quick(pipelines, tmp_path, *more, steps=4), processes=2)
     assert_same(tmp_path / "checkpoint-4", uninterrupted / "checkpoint-4", **CLOSE)
     shutil.rmtree(tmp_path / "checkpoint-4")
     run_in_process(

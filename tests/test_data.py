@@ -213,7 +213,7 @@ def test_imagefolder_paths(tmp_path):
     with pytest.raises(DataError, match="no caption column .*it has file_name, rating"):
         load(tmp_path / "data")
     write(tmp_path / "data" / "metadata.jsonl", "{broken")
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(DataError, match="metadata.jsonl, line 1 is no JSON that can be read"):
         load(tmp_path / "data")
 
 
@@ -228,7 +228,7 @@ def test_captions_json(tmp_path):
     write(path, json.dumps([{"text": "a cat", "image": "cat.png"}]))
     write(tmp_path / "cat.png", image_bytes())
     check_red(load(tmp_path)[0, 0, 0])
-    for content in ("{}", "[]", "[null]", "[", '[{"text": 3}]', '["a", {"b": 1}]'):
+    for content in ("{}", "[]", "[", '[{"text": 3}]', '["a", {"b": 1}]'):
         write(path, content)
         with pytest.raises(DataError, match=str(tmp_path)):
             load(path, needs_images=False)
@@ -310,7 +310,7 @@ def test_unreadable_images(tmp_path, caplog):
 
 
 def test_huge_and_all_unreadable(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.data.MAX_PIXELS", 100)
+    monkeypatch.setattr("common.images.MAX_PIXELS", 100)
     write(tmp_path / "a.png", image_bytes())
     write(tmp_path / "a.txt", "a")
     with pytest.raises(DataError, match="1 of 1 images"):

@@ -21,6 +21,7 @@ import evaluate
 import inference
 from common import shapes
 from common.contract import write_distillation
+from common.errors import UsageError
 from common.judging import image_sets, metrics, results
 
 JUDGED = ("clip_score", "r_precision", "scene_accuracy", "frechet_clip")
@@ -151,11 +152,19 @@ def test_the_recorded_variant_of_a_loras_parent_is_judged_without_a_flag(judged,
     assert row["steps"] == 2 and all(row[name] == judged[1][-1][name] for name in (*JUDGED, *evaluate.SIZES))
 
 
-def test_the_folder_has_an_alias(root, tmp_path):
-    flags = ["--models", root / "five", "--prompts_file", root / "prompts.txt", "--cache_dir", tmp_path / "kept"]
+def test_captions_belong_to_the_images_of_a_folder(root, tmp_path, capsys):
+    captions, folder = tmp_path / "captions.txt", root / "five"
+    flags = ["--models", folder, "--prompts_file", captions]
+    flags += ["--cache_dir", tmp_path / "kept", "--outdir", tmp_path / "o"]
     flags += ["--clip_model", ROOT / "assets/tiny-clip"]
-    run_in_process(evaluate, *flags, "--outdir", tmp_path / "out")
-    assert (tmp_path / "out/results.json").is_file()
+    for count in (1, 5, 6):
+        captions.write_text("\n".join(f"a ring {number}" for number in range(count)))
+        run_in_process(evaluate, *flags)
+        assert ("the first 5 are taken for its" in capsys.readouterr().out) == (count == 6)
+        assert read_json(tmp_path / "o/results.json")["configurations"]
+    captions.write_text("a\nb\nc\nd\n")
+    with pytest.raises(UsageError, match="five has 5 images, and there are 4 captions: an image without its caption"):
+        run_in_process(evaluate, *flags)
 
 
 def test_keys_of_kept_features(root, tmp_path):

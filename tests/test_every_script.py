@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from conftest import ROOT, environment, launch, launch_command, read_json, run_in_process
+from conftest import ROOT, environment, launch_command, read_json, run_in_process
 from diffusers import DiffusionPipeline
 from launching import (
     SHAPES,
@@ -27,6 +27,7 @@ from launching import (
     assert_same_checkpoints,
     checkpoint_tensors,
     error_of,
+    fork_and_wait,
     kill_9_while_saving,
     quick,
     wait_for,
@@ -127,7 +128,7 @@ def test_kill_9_while_saving_and_resume_bit_for_bit(pipelines, uninterrupted, tm
 def test_two_processes_are_one(pipelines, uninterrupted, tmp_path, name):
     start_from(name, uninterrupted(name), tmp_path)
     arguments = flags(pipelines, name, tmp_path, "--batch_size", 2, "--resume_from_checkpoint", "latest")
-    said = launch(ROOT / f"{name}.py", *arguments, processes=2).stdout
+    said = fork_and_wait(tmp_path, ROOT / f"{name}.py", *arguments, processes=2)
     assert_same(name, tmp_path, uninterrupted(name), **SPLIT)
     assert said.count("Resuming from") == said.count("Done: ") == 1
     assert (inside(name, tmp_path) / "final").is_dir()
@@ -301,7 +302,7 @@ RUN_CARDS = """
 import json, sys, torch
 torch.set_num_threads(1)  # as in the tests' own process
 found = {}
-for folder in sys.argv[2:]:
+for folder in sys.argv[1:]:
     code = open(folder + "/README.md").read().split("```python\\n")[1].split("```")[0]
     names = {}
     torch.manual_seed(0)
@@ -318,7 +319,8 @@ def test_the_code_on_every_card_runs_as_it_stands(pipelines, uninterrupted, tmp_
     run = inside(name, uninterrupted(name))
     outputs = [run / "final", run / "final-fp16", run / "final-int8", *run.glob("stage-*")]
     outputs += [path for path in (run / "student",) if path.is_dir()]
-    subprocess.run([sys.executable, "-c", RUN_CARDS, "-", *outputs], check=True, cwd=tmp_path, env=environment())
+    (tmp_path / "cards.py").write_text(RUN_CARDS)
+    fork_and_wait(tmp_path, tmp_path / "cards.py", *outputs, cwd=tmp_path)
     for output in outputs:
         image = np.asarray(Image.open(output / "card.png"), dtype=float)
         (output / "card.png").unlink()

@@ -323,7 +323,10 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
         (["--lora_path", "{models}/final", "--negative_prompt", "blur"], "--negative_prompt"),
         (["--lora_path", "{models}/final", "--prompts_file", "{models}/none.txt"], "none.txt can't be read"),
         (["--lora_path", "{models}/final", "--prompts_file", "{models}/empty.txt"], "has no prompt"),
-        (["--lora_path", "{models}/final", "--prompts_file", "{models}/final/distillation.json"], "not a JSON list"),
+        (
+            ["--lora_path", "{models}/final", "--prompts_file", "{models}/final/distillation.json"],
+            "not a list of captions",
+        ),
         (["--lora_path", "{models}/final", "--init_image", "{models}/none.png"], "none.png"),
         (["--lora_path", "{models}/final", "--strength", "0.5"], "--init_image"),
         (

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import launching
 import pytest
 import torch
-from conftest import ROOT, launch, random_pipeline, read_json, run_in_process
+from conftest import ROOT, random_pipeline, read_json, run_in_process
 from contract import assert_contract
-from launching import assert_same_checkpoints, checkpoint_tensors, error_of
+from launching import assert_same_checkpoints, checkpoint_tensors, error_of, fork_and_wait
 from safetensors.torch import load_file
 
 import train_progressive
@@ -210,7 +210,7 @@ def test_a_teacher_with_guidance_as_an_input_keeps_it(pipelines, tmp_path):
 
 
 def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
-    launch(SCRIPT, *quick(pipelines, tmp_path, "--batch_size", 2), processes=2)
+    fork_and_wait(tmp_path, SCRIPT, *quick(pipelines, tmp_path, "--batch_size", 2), processes=2)
     assert_same(tmp_path / "checkpoint-6", uninterrupted / "checkpoint-6", atol=2e-5, rtol=1e-3)
 
 

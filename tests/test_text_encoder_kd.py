@@ -6,10 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch, random_pipeline, read_json, run_in_process
+from conftest import ROOT, random_pipeline, read_json, run_in_process
 from contract import assert_contract
 from diffusers import DDIMScheduler, LCMScheduler
-from launching import QUICK, SHAPES, assert_same_checkpoints, error_of, images_in_memory, quick, stock_images
+from launching import (
+    QUICK,
+    SHAPES,
+    assert_same_checkpoints,
+    error_of,
+    fork_and_wait,
+    images_in_memory,
+    quick,
+    stock_images,
+)
 from safetensors.torch import load_file
 
 import train_text_encoder_kd
@@ -265,7 +274,7 @@ def test_gradient_checkpointing_and_validation_change_nothing(pipelines, uninter
 
 def test_two_processes_are_one(pipelines, uninterrupted, tmp_path):
     """Each fits the projection for itself."""
-    launch(SCRIPT, *quick(pipelines, tmp_path, *SMALL, "--batch_size", 2, steps=3), processes=2)
+    fork_and_wait(tmp_path, SCRIPT, *quick(pipelines, tmp_path, *SMALL, "--batch_size", 2, steps=3), processes=2)
     assert_same(tmp_path / "checkpoint-3", uninterrupted / "checkpoint-3", atol=2e-5, rtol=1e-3)
 
 

@@ -1,14 +1,13 @@
 """The rendered shapes and the embedded default that was trained on them: what every later number stands on."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import DiffusionPipeline
+from launching import fork_and_wait
 from transformers import AutoConfig, AutoTokenizer
 
 import prepare_tiny_sd
@@ -140,22 +139,15 @@ def test_every_part_trains_and_a_second_run_trains_nothing(tmp_path):
     trained = ["reader", "vision", "clip", "vae", "unet", "decoder"]
     steps = [word for part in trained for word in (f"--{part}_steps", "2")]
     few = ["--latents", "70", "--guidance_captions", "2", "--report_captions", "3"]
-    command = [
-        sys.executable,
-        ROOT / "prepare_tiny_sd.py",
-        "--output_dir",
-        tmp_path / "assets",
-        "--work_dir",
-        tmp_path / "work",
-        *steps,
-        *few,
-    ]
-    first = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    folders = ["--output_dir", tmp_path / "assets", "--work_dir", tmp_path / "work"]
+    command = [ROOT / "prepare_tiny_sd.py", *folders, *steps, *few]
+    first = fork_and_wait(tmp_path, *command)
     assert all(f"{part} step 2 loss" in first for part in trained)
     assert "| teacher, 50 DDIM steps" in first and "| VAE reconstructions" in first
     weights = {file: file.read_bytes() for file in (tmp_path / "assets").rglob("*.safetensors")}
     assert {file.parent.name for file in weights} == {"tiny-reader", "tiny-clip", "unet", "vae", "text_encoder"}
     assert loads_in_one_dtype(tmp_path / "assets" / "tiny-sd")
-    second = subprocess.run([*command, "--parts", *trained], check=True, capture_output=True, text=True).stdout
+    (tmp_path / "said.txt").unlink()
+    second = fork_and_wait(tmp_path, *command, "--parts", *trained)
     assert "loss" not in second and all(f"{part}: resuming at step 2 of 2" in second for part in trained)
     assert weights == {file: file.read_bytes() for file in (tmp_path / "assets").rglob("*.safetensors")}

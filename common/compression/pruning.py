@@ -10,9 +10,9 @@ from accelerate.utils import broadcast, broadcast_object_list
 from common.compression import calibration, channels, planning, students
 from common.compression.report import plot_sensitivity
 from common.errors import UsageError
-from common.judging.sampling import default_batch_size
 from common.pipelines import load_pipeline
 from common.randomness import sample_generator
+from common.sampling import default_batch_size
 
 SENSITIVITY_CALLS = 4  # recorded forwards that sensitivity is measured on
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from common.compression import calibration, channels
 from common.judging import results
 from common.judging.previews import image_grid
-from common.judging.sampling import default_batch_size, sample_timed
 from common.pipelines import load_pipeline, weight_files
 from common.randomness import sample_generator
+from common.sampling import default_batch_size, sample_timed
 
 GRID_IMAGES = 6
 TABLE = (  # heading, column, how its value is written

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from common import shapes
-from common.data import IMAGE_FORMATS, to_square
-from common.data_formats import IMAGE_EXTENSIONS
+from common.data import to_square
 from common.errors import UsageError
+from common.images import IMAGE_EXTENSIONS, ImageError, open_image
 from common.judging import metrics
 
 SHAPES_REAL_IMAGES = 2000
@@ -45,13 +45,12 @@ def image_files(folder):
     return sorted((file for file in files if not file.name.startswith(".")), key=natural_order)
 
 
-def open_image(file):
-    """An RGB image, upright. Raises UsageError, naming the file."""
+def open_file(file):
+    """images.open_image of a file that must be one. Raises UsageError, naming the file."""
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # broken bytes make Pillow's readers raise anything
-        raise UsageError(f"{file} can't be read as an image ({type(error).__name__}).") from None
+        return open_image(file)
+    except ImageError as error:
+        raise UsageError(f"{file} can't be read as an image ({error}).") from None
 
 
 def to_pixels(images, resolution):
@@ -78,7 +77,7 @@ def real_folder(folder, resolution, count=None):
     count = count or len(files)
     _check_count(f"--real_dir {folder}", count, len(files))
     identity = {"files": _files_fingerprint(files[:count]), "resolution": resolution}
-    return RealImages(identity, count, lambda index: to_pixels([open_image(files[index])], resolution)[0])
+    return RealImages(identity, count, lambda index: to_pixels([open_file(files[index])], resolution)[0])
 
 
 def real_dataset(dataset, count):

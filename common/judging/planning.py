@@ -10,10 +10,10 @@ from common import shapes
 from common.contract import comes_from_tiny_sd, pipeline_source, read_distillation, sampling_guidance
 from common.data import load_dataset_from_args
 from common.errors import UsageError
-from common.judging.image_sets import image_files, open_image, real_dataset, real_folder, real_shapes
-from common.judging.sampling import read_prompts_file
+from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id
 from common.pipelines import read_pipeline_config
+from common.sampling import read_prompts_file
 
 NUM_IMAGES = 200  # unless the flag, a folder or the captions say otherwise
 
@@ -80,7 +80,7 @@ def plan_model(path, args):
             raise UsageError(f"{where}: the folder holds no pipeline, no LoRA and no image{hint}.")
         if len(files) == 1:
             raise UsageError(f"{where}: the folder holds one image, and statistics need two at least.")
-        return Model(path, "images", args.resolution or min(open_image(files[0]).size), files=files)
+        return Model(path, "images", args.resolution or min(open_file(files[0]).size), files=files)
     if not folder.exists() and not is_hub_id(path):
         raise UsageError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
     source = {"path": path, "revision": args.revision, "variant": args.variant}
@@ -129,6 +129,17 @@ def plan_captions(args, models):
             "(--dataset_name shapes asks for shapes)."
         )
     return None, None, False
+
+
+def check_captions(captions, models, num_images):
+    """UsageError where the captions can't be those of a folder's images: as many for each, in the same order."""
+    folder = next((model.path for model in models if model.kind == "images"), None)
+    if captions is None or folder is None or num_images % len(captions) == 0:
+        return
+    said = f"{folder} has {num_images} images, and there are {len(captions)} captions"
+    if len(captions) < num_images:
+        raise UsageError(f"--models {said}: an image without its caption shifts all the others; mend either of them.")
+    print(f"Note: {said}: the first {num_images} are taken for its.", flush=True)
 
 
 def plan_real_images(args, dataset, drawn, resolution):

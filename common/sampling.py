@@ -1,6 +1,5 @@
 """Sampling as saved: prompts, and one timed call. What inference.py and evaluate.py share."""
 
-import json
 import re
 import time
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import torch
 
 from common.conditioning import decode_latents
-from common.errors import UsageError
+from common.errors import DataError, UsageError
+from common.texts import read_records, read_text, record_captions
 
 
 def default_batch_size(resolution):
@@ -20,25 +20,32 @@ def slug(text):
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "prompt"
 
 
-def read_prompts_file(path, flag="--prompts_file"):
-    """The prompts of a text file with one a line, or of captions.json: a list that is not empty. Raises UsageError."""
+def read_prompts_file(path, flag="--prompts_file", column=None):
+    """The prompts of a text file with one a line, or of a .json, .jsonl or .csv of captions: a list, never empty.
+
+    A line or record without text is the empty prompt, and is said: none moves up into its place. Raises UsageError.
+    """
     path = Path(path)
-    where = f"{flag} {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            entries = json.loads(text)
-            prompts = [entries[i]["text"] for i in range(len(entries))]  # a dict has no entry 0
+        if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
+            prompts = [record_captions(record, column, where)[0] for where, record in read_records(path)]
         else:
-            prompts = text.splitlines()
-        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where} can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"{where} is not a JSON list of {{'text': ...}}.") from None
-    if not prompts:
-        raise UsageError(f"{where} has no prompt in it.")
+            prompts = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    except OSError as error:
+        raise UsageError(f"{flag} {path} can't be read ({error.strerror}).") from None
+    except DataError as error:
+        raise UsageError(f"{flag}: {error}") from None
+    check_prompts(prompts, f"{flag} {path}")
     return prompts
+
+
+def check_prompts(prompts, where):
+    """Say which prompts are empty, of `where`, by line. Raises UsageError where none has text."""
+    if not any(prompts):
+        raise UsageError(f"{where} has no prompt in it.")
+    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt]
+    if empty:
+        print(f"{where}: {len(empty)} empty prompts, e.g. line {empty[0]}; the empty prompt stands there.", flush=True)
 
 
 @torch.no_grad()
