@@ -41,7 +41,8 @@ from common.judging import metrics, results
 from common.judging.image_sets import open_file, real_features, sharded, to_pixels
 from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
 from common.judging.previews import image_grid
-from common.pipelines import keep_vae_right, load_pipeline, weight_files
+from common.model_files import weight_files
+from common.pipelines import keep_vae_right, load_pipeline
 from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import default_batch_size, sample_timed, slug
@@ -107,7 +108,7 @@ def parse_args(argv=None):
         type=arguments.positive_int,
         help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)",
     )
-    add("--seed", type=arguments.natural, default=0, help="all noise derives from (seed, caption, image)")
+    add("--seed", type=arguments.seed, default=0, help="all noise derives from (seed, caption, image)")
     add("--guidance_scale", type=float, help="of models without guidance baked in (default: what was saved, else 7.5)")
     add("--resolution", type=arguments.positive_int, help="pixels per side (default: each model's own)")
     add = parser.add_argument_group("judges").add_argument
@@ -401,6 +402,9 @@ def main(args):
                 flush=True,
             )
     runs, reference = [], None  # (rows, entry) of each configuration
+    if accelerator.is_main_process:
+        results.begin(output)
+    accelerator.wait_for_everyone()
 
     def done(rows, entry):
         runs.append((rows, entry))

@@ -44,7 +44,7 @@ from common.images import ImageError, open_image
 from common.judging import metrics, results
 from common.judging.previews import image_grid
 from common.lora import check_lora_path
-from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config
+from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config, resolution_of
 from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import check_prompts, default_batch_size, read_prompts_file, sample_timed, slug
@@ -87,7 +87,7 @@ def parse_args(argv=None):
         type=arguments.positive_int,
         help="images per pipeline call (default: 64 at up to 64 pixels a side, 8 at up to 512, 4 above)",
     )
-    add("--seed", type=int, default=0, help="all noise derives from (seed, prompt, image)")
+    add("--seed", type=arguments.seed, default=0, help="all noise derives from (seed, prompt, image)")
     add("--guidance_scale", type=float, help="classifier-free guidance (default: what was saved, else 1 for a LoRA)")
     add("--negative_prompt", help="what to guide away from; works only with guidance")
     add("--resolution", type=arguments.positive_int, help="pixels per side (default: the model's own)")
@@ -120,7 +120,7 @@ def check_arguments(args):
     args.strength = 0.8 if args.strength is None else args.strength
     if not 0 < args.strength <= 1:
         raise UsageError(f"--strength {args.strength:g} is not in (0, 1].")
-    for name in ("guidance_scale", "baseline_guidance_scale", "seed", "save_images"):
+    for name in ("guidance_scale", "baseline_guidance_scale", "save_images"):
         if (getattr(args, name) or 0) < 0:
             raise UsageError(f"--{name} {getattr(args, name):g} is negative.")
     if not args.lora_path and (args.fuse_lora or args.lora_scale != 1):
@@ -391,7 +391,7 @@ def main(args):
         except ImageError as error:
             raise UsageError(f"--init_image {args.init_image} can't be used: {error}.") from None
     native = read_pipeline_config(plan.model["path"], plan.model["revision"], quantized=True)[1]
-    args.resolution = args.resolution or native
+    args.resolution = resolution_of(args, native)
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)
     clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)
@@ -399,6 +399,7 @@ def main(args):
     real = None  # held-out captions are compared with the pictures that were drawn for them
     if clip and args.held_out_captions and len(captions) >= MIN_FRECHET_IMAGES:
         real = metrics.shapes_real_features(clip)
+    results.begin(args.output_dir)
     runs = []  # (Configuration, rows, what was made), the teacher's first
     # The student first: what it lacks shows before the long baseline runs, and its peak memory is its own.
     stages = [(plan.model, args.lora_path, student_configurations)]

@@ -24,7 +24,6 @@ import common  # noqa: F401  first: it silences what importing diffusers would s
 # isort: split
 from pathlib import Path
 
-from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel
 
 from common import arguments
@@ -32,7 +31,9 @@ from common.compression import students
 from common.compression.manifest import MANIFEST
 from common.contract import TINY_SD
 from common.errors import UsageError
+from common.model_files import check_weights
 from common.pipelines import load_pipeline, read_pipeline_config
+from common.randomness import seed_all
 from common.run import run_script
 
 
@@ -125,6 +126,7 @@ def main(args):
     check_output(args)
     teacher, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     read_pipeline_config(teacher, args.revision)  # a bad path is said before anything else
+    check_weights(teacher, args.variant, f"--pretrained_model_name_or_path {teacher}")
     config = UNet2DConditionModel.load_config(teacher, subfolder="unet", revision=args.revision)
     # From here on every default of the class is in the config, as a model has it.
     config = dict(students.empty_unet(config).config)
@@ -137,7 +139,7 @@ def main(args):
     pipeline = load_pipeline(teacher, **origin)
     unet, manifest = students.build_student(pipeline.unet, args.student_variant, widths)
     if args.random_init is not None:
-        set_seed(args.random_init)
+        seed_all(args.random_init)
         unet = UNet2DConditionModel.from_config(unet.config)
         manifest.update(block_map={}, keep=None)
     print_table(config, student, manifest, manifest["block_map"])

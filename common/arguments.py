@@ -35,6 +35,13 @@ def natural(text):
     return value
 
 
+def seed(text):
+    value = natural(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is more than 63 bits")
+    return value
+
+
 def positive_float(text):
     value = float(text)
     if not 0 < value < float("inf"):
@@ -218,7 +225,7 @@ def add_evaluation_arguments(parser):
 def add_runtime_arguments(parser):
     group = parser.add_argument_group("runtime")
     add = group.add_argument
-    add("--seed", type=natural, default=0, help="everything random derives from it")
+    add("--seed", type=seed, default=0, help="everything random derives from it")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: accelerate's configuration")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--torch_compile", action="store_true", help="compile the UNet")

@@ -4,18 +4,31 @@ A checkpoint is visible only when it is complete: all ranks write into a hidden 
 random states: everything random is derived from (seed, step, index); see common/randomness.py.
 """
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 import tempfile
+import zlib
 from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 from common.contract import CONTRACT
 from common.errors import CheckpointError, first_line
+from common.identity import check_same
 
-STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments, state}: written last: a complete one
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments, state, files}: written last
+LOCK = ".lock"
 # What a run writes, by exact names: nothing else is ever removed. Beside these its own hidden temporaries.
 _WRITTEN = re.compile(r"checkpoint-\d+|stage-\d+|final|final-fp16|final-int8")
 _TEMPORARY = re.compile(r"\.(checkpoint-\d+|stage-\d+|final|final-fp16|final-int8|best|student)(\.old)?\.tmp")
@@ -35,16 +48,27 @@ def checkpoints_in(folder):
 def find_checkpoint(folder, resume_from_checkpoint):
     """The checkpoint folder that --resume_from_checkpoint names, or None for a fresh start.
 
-    "latest" takes the newest complete one and is a fresh start where there is none; a path or a name such as
-    checkpoint-10 must exist and be complete (CheckpointError).
+    "latest" takes the newest complete one that is not damaged, and says which are, and is a fresh start where there
+    is none; a path or a name such as checkpoint-10 must exist, complete and undamaged (CheckpointError).
     """
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint == "latest":
-        found = checkpoints_in(folder)
+        found, damages = checkpoints_in(folder), []
+        while found and (damage := damage_of(found[-1][1])):
+            damages.append(damage)
+            found.pop()
+        if damages and not found:
+            raise CheckpointError(
+                f"{damages[-1]}: there is no checkpoint before it; start again in another --run_name."
+            )
+        for damage in damages:
+            print(f"warning: {damage}: it is set aside, and the one before it is used.", flush=True)
         return found[-1][1] if found else None
     for path in (Path(resume_from_checkpoint), Path(folder) / resume_from_checkpoint):
         if (path / STATE).is_file():
+            if damage := damage_of(path):
+                raise CheckpointError(f"{damage}: resume from another checkpoint.")
             return path
     raise CheckpointError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: there is no complete checkpoint of that name, "
@@ -52,18 +76,86 @@ def find_checkpoint(folder, resume_from_checkpoint):
     )
 
 
-def refuse_other_run(folder, checkpoint, overwrite):
-    """Raise CheckpointError where a fresh run would start in a folder that holds another run. Reads only."""
+def damage_of(checkpoint):
+    """What a complete checkpoint lacks of what was written into it, as the beginning of a sentence, or None."""
+    try:
+        written = read_state(checkpoint).get("files", {})  # an older checkpoint has none
+    except CheckpointError as error:
+        return str(error).partition(":")[0]
+    for name, (size, checksum) in written.items():
+        file = Path(checkpoint) / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
+        if _checksum(file) != checksum:
+            return f"{file} is damaged: its checksum is wrong"
+    return None
+
+
+def _checksum(file):
+    checksum = 0
+    with open(file, "rb") as opened:
+        while chunk := opened.read(2**22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def refuse_other_run(folder, checkpoint, overwrite, resume_from_checkpoint=None):
+    """Raise CheckpointError where a fresh run would start in a folder that holds another run. Reads only.
+
+    A run that is to be resumed may have been killed before its first checkpoint, when there was its student alone.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"--output_dir: {folder} is a file, not a folder.")
     held = _run_folders(folder)
+    if resume_from_checkpoint == "latest" and [path.name for path in held] == ["student"]:
+        return
     elsewhere = checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve()
     if held and elsewhere and not overwrite:
         raise CheckpointError(
             f"{folder} already holds a run ({held[0].name}): continue it with --resume_from_checkpoint latest, "
             "start another with --run_name or --output_dir, or discard it with --overwrite_output_dir."
         )
+
+
+class FolderLock:
+    """That one run at a time writes into a folder: a lock of the system's, which ends with the process that holds it.
+
+    The file says who holds it. Raises CheckpointError where another process does.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder) / LOCK
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+")
+        except OSError as error:
+            raise CheckpointError(f"--output_dir: {folder} can't be made or written ({error.strerror}).") from None
+        self.file.seek(0)
+        holder = self.file.read().strip()
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CheckpointError(
+                f"{folder}: another run is writing there ({holder}): wait for it or stop it, or give this one another "
+                "--run_name or --output_dir."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        mine = f"process {os.getpid()} on {socket.gethostname()}"
+        if holder not in ("", mine):
+            print(f"{folder}: taken over from {holder}, which ended without a word.", flush=True)
+        self.file.truncate(0)
+        self.file.write(mine)
+        self.file.flush()
+
+    def release(self):
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        self.file.close()
 
 
 def make_folder(folder, checkpoint):
@@ -84,7 +176,12 @@ def make_folder(folder, checkpoint):
         stale = [path for path in stale if path.name.startswith("checkpoint-")]
         stale = [path for path in stale if not (path / STATE).is_file() or int(path.name[11:]) > resumed]
     for path in stale:
-        _remove(path)
+        if checkpoint and (path / STATE).is_file() and damage_of(path):  # a person might mend it
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+        else:
+            _remove(path)
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -121,22 +218,22 @@ def read_state(checkpoint):
 
 
 def check_same_run(checkpoint, arguments, global_batch_size):
-    """Refuse to resume `checkpoint` where an argument that changes the maths has changed. Raises CheckpointError.
+    """CheckpointError where an argument that changes the maths has changed; says which places have.
 
-    arguments: dict of those arguments only. How the global batch is split over processes and accumulation changes
-    nothing, so only its size is compared; a longer --max_train_steps is no change either.
+    arguments: of identity.identity_of. How the global batch is split over processes and accumulation changes nothing,
+    so only its size is compared; a longer --max_train_steps is no change either.
     """
     state = read_state(checkpoint)
-    current = {**json.loads(json.dumps(arguments)), "global batch size": global_batch_size}
     saved = {**state["arguments"], "global batch size": state.get("global_batch_size")}
-    changed = [name for name in sorted(current.keys() | saved.keys()) if current.get(name) != saved.get(name)]
-    if changed:
-        details = "; ".join(f"{name} was {saved.get(name)}, now {current.get(name)}" for name in changed)
-        raise CheckpointError(f"{checkpoint} belongs to a run with other arguments: {details}.")
+    for moved in check_same(checkpoint, saved, {**arguments, "global batch size": global_batch_size}):
+        print(moved, flush=True)
 
 
 def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max_train_steps, state, total_limit=None):
-    """Write checkpoint-`step` atomically, then prune to `total_limit`. Every rank must call it."""
+    """Write checkpoint-`step` atomically, then prune to `total_limit`. Every rank must call it.
+
+    Raises CheckpointError, on every rank, where it can't be written; what was written of it is removed.
+    """
     final = Path(folder) / f"checkpoint-{step}"
     temporary = Path(folder) / f".checkpoint-{step}.tmp"
     if (final / STATE).is_file():
@@ -145,9 +242,13 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    failed = None
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:  # a disk that is full, in the words of three libraries
+        failed = f"{type(error).__name__}: {first_line(error)}"
+    failed = next((failure for failure in gather_object([failed]) if failure), None)
+    if accelerator.is_main_process and not failed:
         for path in temporary.glob("random_states_*.pkl"):  # accelerate's, and a pickle that nobody needs
             path.unlink()
         saved = {
@@ -156,12 +257,24 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
             "global_batch_size": global_batch_size,
             "arguments": arguments,
             "state": state,
+            "files": {path.name: [path.stat().st_size, _checksum(path)] for path in temporary.iterdir()},
         }
-        (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
-        os.replace(temporary, final)
-        if total_limit is not None:
-            for _, path in checkpoints_in(folder)[: -max(total_limit, 1)]:
-                _remove(path)
+        try:
+            (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
+            os.replace(temporary, final)
+        except OSError as error:
+            failed = str(error)
+    failed = broadcast_object_list([failed])[0]
+    if failed:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder).free / 2**20
+        raise CheckpointError(
+            f"checkpoint-{step} can't be written into {folder} ({failed}; {free:.0f} MiB are free there)."
+        )
+    if accelerator.is_main_process and total_limit is not None:
+        for _, path in checkpoints_in(folder)[: -max(total_limit, 1)]:
+            _remove(path)
     accelerator.wait_for_everyone()
     return final
 

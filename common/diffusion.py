@@ -14,7 +14,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class NoiseSchedule:
     """alpha_t and sigma_t of a diffusers scheduler (read from its config), indexed by integer timesteps.
 
-    Raises ValueError for a scheduler without alphas_cumprod (EDM, flow matching) or of another prediction_type.
+    Raises ValueError for a scheduler without alphas_cumprod (EDM, flow matching), of another prediction_type, or that
+    predicts noise where there is nothing else.
     """
 
     def __init__(self, scheduler, device="cpu"):
@@ -26,6 +27,11 @@ class NoiseSchedule:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"the scheduler's prediction_type is '{self.prediction_type}', not in {PREDICTION_TYPES}")
         alphas_cumprod = torch.cat([config.alphas_cumprod.double(), torch.ones(1, dtype=torch.float64)])
+        if self.prediction_type == "epsilon" and alphas_cumprod[-2] < 1e-6:
+            raise ValueError(
+                "the scheduler's last timestep has no signal (rescale_betas_zero_snr), from which a prediction of the "
+                "noise, its prediction_type epsilon, says nothing about the image"
+            )
         self._alphas = alphas_cumprod.sqrt().float().to(device)  # the last entry is timestep -1
         self._sigmas = (1 - alphas_cumprod).sqrt().float().to(device)
 

@@ -1,17 +1,22 @@
 """LoRAs: adapters on a UNet, saved with their alpha, loaded back, merged."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 
 from common.errors import UsageError, first_line
 from common.pipelines import load_unet, with_guidance_input
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)  # of files that are no LoRA
+_FACTOR = re.compile(r"\.lora[._].*$|_lora\.(up|down)\.weight$")
 
 
 def settle_lora(args):
@@ -92,14 +97,66 @@ def merge_lora(pipeline, path):
     pipeline.unload_lora_weights()
 
 
+def read_lora(pipeline, path):
+    """(tensors, metadata) of a LoRA of a file or folder, with the keys of diffusers or kohya; (None, None): a hub id.
+
+    peft's own names, those of a UNet alone and those under diffusion_model. get diffusers' prefix; a file of peft's
+    own has its alpha in the adapter_config.json beside it. Raises UsageError for keys that no rule here knows.
+    """
+    if not Path(path).exists():
+        return None, None
+    file, metadata, tensors = lora_file(path), None, {}
+    with safe_open(file, "pt") as opened:
+        declared = (opened.metadata() or {}).get("lora_adapter_metadata")
+        metadata = json.loads(declared) if declared else None
+        for key in opened.keys():
+            plain = _PREFIXES.sub("", key)
+            first = plain.partition(".")[0]
+            if first in ("input_blocks", "middle_block", "output_blocks"):
+                raise UsageError(
+                    f"it has names of the original Stable Diffusion code ({key}): convert it to diffusers' or kohya's"
+                )
+            tensors[f"unet.{plain}" if hasattr(pipeline.unet, first) else plain] = opened.get_tensor(key)
+    config = file.with_name("adapter_config.json")
+    if metadata is None and config.is_file():
+        fields = {key: value for key, value in json.loads(config.read_text()).items() if key in _PEFT_FIELDS}
+        metadata = {f"unet.{key}": value for key, value in fields.items()}
+    return tensors, metadata
+
+
+_PREFIXES = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.)+")
+_PEFT_FIELDS = set(LoraConfig.__dataclass_fields__)
+
+
+def lora_file(path):
+    """The weights of a LoRA: the file itself, or of a folder the one with diffusers' or peft's name, or its first."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    files = [path / name for name in (WEIGHTS, "adapter_model.safetensors") if (path / name).is_file()]
+    return (files or sorted(path.glob("*.safetensors")))[0]
+
+
+def lora_tensors(pipeline, path):
+    """(tensors, alphas, metadata) of a LoRA as diffusers loads them: the keys of diffusers, or None for alphas."""
+    tensors, metadata = read_lora(pipeline, path)
+    options = {"use_safetensors": True, "unet_config": pipeline.unet.config, "return_lora_metadata": True}
+    found, alphas, recorded = pipeline.lora_state_dict(path if tensors is None else tensors, **options)
+    return found, alphas, metadata or recorded
+
+
 def load_adapter(pipeline, path, name):
     """Put the LoRA at `path` on the pipeline as adapter `name`; one that is for the UNet alone, on the UNet alone."""
-    options = {"use_safetensors": True, "unet_config": pipeline.unet.config}
-    tensors, alphas, metadata = pipeline.lora_state_dict(path, return_lora_metadata=True, **options)
+    tensors, alphas, metadata = lora_tensors(pipeline, path)
     if all(key.startswith("unet.") for key in tensors):  # else diffusers says that it misses those of a text encoder
         pipeline.load_lora_into_unet(tensors, alphas, pipeline.unet, name, metadata=metadata, _pipeline=pipeline)
     else:
         pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True)
+    layers = {_FACTOR.sub("", key) for key in tensors if key.startswith("unet.") and _FACTOR.search(key)}
+    adapted = [m for m in pipeline.unet.modules() if isinstance(m, BaseTunerLayer) and name in m.lora_A]
+    if adapted and len(adapted) < len(layers):
+        lost = len(layers) - len(adapted)
+        print(f"LoRA: {lost} of its {len(layers)} adapters of the UNet found no place in this one.", flush=True)
 
 
 def check_lora_path(path, flag="--lora_path"):
@@ -133,7 +190,7 @@ def load_lora(pipeline, path, scale=1.0, fuse=False, flag="--lora_path"):
     """The LoRA as an adapter (or fused), its rank and alpha said aloud: an alpha that got lost shows here."""
     try:
         load_adapter(pipeline, path, "student")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise UsageError(f"{flag} {path}: it does not load on this pipeline ({first_line(error)}).") from None
     config = getattr(pipeline.unet, "peft_config", {}).get("student")
     if config is None:

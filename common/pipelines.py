@@ -5,10 +5,10 @@ ids), from a folder or a hub id; safetensors only. Those of FLUX, SD3 and PixArt
 for the scripts that only compress.
 """
 
+import importlib
 import inspect
 import json
 import logging
-import re
 from pathlib import Path
 
 import diffusers
@@ -26,13 +26,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 
 from common.compression import pruned_models
 from common.compression.quantized_folders import quantization_of, refuse_quantized, saved_dtype
 from common.conditioning import is_sdxl
 from common.diffusion import NoiseSchedule
 from common.errors import ModelError, first_line
+from common.model_files import UNUSED, check_inputs, check_parts, check_place, check_weights, native_size, weights_in
 
 PIPELINES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
@@ -64,29 +65,27 @@ for _pipeline_class in PIPELINES.values():
 def read_pipeline_config(
     path, revision=None, flag="--pretrained_model_name_or_path", transformers=False, quantized=False
 ):
-    """(pipeline class, native resolution, VAE factor) of a folder or hub id, from its config files alone.
+    """(pipeline class, native resolution, VAE factor) of a folder or hub id, from names and config files alone.
 
-    The native resolution is the UNet's sample_size times the VAE's factor. Raises ModelError, one sentence naming
-    `flag`, where there is no pipeline of a known class or its scheduler has no NoiseSchedule: before gigabytes are
-    loaded. transformers: whether TRANSFORMER_PIPELINES are taken too; quantized: whether weights may be quantized,
-    as only sampling takes them.
+    The native resolution is the UNet's sample_size times the VAE's factor; None where it has none. Raises ModelError,
+    one sentence naming `flag`, where there is no pipeline of a known class, a part is absent, its UNet asks for other
+    inputs, or its scheduler has no NoiseSchedule: before gigabytes are loaded. transformers: whether
+    TRANSFORMER_PIPELINES are taken too; quantized: whether weights may be quantized, as only sampling takes them.
     """
     known = {**PIPELINES, **TRANSFORMER_PIPELINES} if transformers else PIPELINES
     where = f"{flag} {path}"
-    folder = Path(path)
+    check_place(path, where)
     if not quantized:
         refuse_quantized(path, revision, flag)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ModelError(f"{where}: the folder has no model_index.json, so it is not a diffusers pipeline.")
-    if not folder.exists() and (str(path).startswith((".", "/", "~")) or str(path).count("/") != 1):
-        raise ModelError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         name = index["_class_name"]
         if name not in known:
             raise ModelError(f"{where}: it is a {name}; this script takes {' or '.join(known)}.")
-        denoiser = "unet" if name in PIPELINES else "transformer"
-        denoiser = UNet2DConditionModel.load_config(path, subfolder=denoiser, revision=revision)
+        if Path(path).is_dir():
+            check_parts(path, index, where)
+        part = "unet" if name in PIPELINES else "transformer"
+        denoiser = UNet2DConditionModel.load_config(path, subfolder=part, revision=revision)
         vae = AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
         scheduler_class = getattr(diffusers, index["scheduler"][-1])
     except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
@@ -98,11 +97,19 @@ def read_pipeline_config(
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
         # No file; an unknown prediction type or betas; a scheduler that needs scipy, say; one without a schedule.
         raise ModelError(f"{where}: {first_line(error)}.") from None
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor, size = 2 ** (len(vae["block_out_channels"]) - 1), native_size(denoiser, part, where)
     if name in PIPELINES:
-        return known[name], denoiser["sample_size"] * factor, factor
+        check_inputs(name, denoiser, vae, where)
+        return known[name], size and size * factor, factor
     # FLUX's config has no size of its own; transformers work on patches of 2 x 2 latents.
-    return known[name], denoiser.get("sample_size", 128) * factor, 2 * factor
+    return known[name], (size or 128) * factor, 2 * factor
+
+
+def resolution_of(args, native, flag="--pretrained_model_name_or_path"):
+    """--resolution, or else the native one. Raises ModelError where there is neither."""
+    if not args.resolution and native is None:
+        raise ModelError(f"{flag}: its unet/config.json has no sample_size: give --resolution.")
+    return args.resolution or native
 
 
 def component_class(path, name, revision=None):
@@ -121,11 +128,43 @@ def component_class(path, name, revision=None):
     return found
 
 
-def load_pruned(path, **options):
-    """{component: model} of those components of a pipeline that were pruned to widths of their own."""
-    index = DiffusionPipeline.load_config(path, revision=options.get("revision"))
-    classes = {name: component_class(path, name, options.get("revision")) for name in index if name[0] != "_"}
-    return {name: kind.from_pretrained(path, subfolder=name, **options) for name, kind in classes.items() if kind}
+def load_part(kind, path, name, where, **options):
+    """A model of a pipeline, in eval mode, every tensor of which comes from its files.
+
+    kind: its class. Raises ModelError, which names the folder and a tensor, where some are missing or too many: a
+    library would fill in random ones, or leave some out.
+    """
+    try:
+        module, info = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"{where}: {name}/ does not load ({first_line(error)}).") from None
+    problems = {"lacks": "missing", "has another shape of": "mismatched", "has no place for": "unexpected"}
+    for problem, field in problems.items():
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{field}_keys") or ())
+        keys = [key for key in keys if not key.endswith("position_ids")]  # of older files, and made anew
+        if keys:
+            files = ", ".join(file.name for file in weights_in(Path(path) / name, options.get("variant")))
+            raise ModelError(
+                f"{where}: {name}/ {problem} {len(keys)} tensors, e.g. {keys[0]} ({files or 'its weights'})."
+            )
+    return module.eval()
+
+
+def load_parts(path, where, **options):
+    """{name: model} of all models of a pipeline's folder, each of which is whole."""
+    index, parts = DiffusionPipeline.load_config(path), {}
+    for name, entry in index.items():
+        if name.startswith("_") or name in UNUSED or not isinstance(entry, list | tuple) or entry[1] is None:
+            continue
+        kind = component_class(path, name)
+        if kind is None and entry[0] in ("diffusers", "transformers"):
+            kind = getattr(importlib.import_module(entry[0]), entry[1], None)
+        if kind is None:
+            raise ModelError(f"{where}: model_index.json names a {entry[1]} of {entry[0]}, which is not known.")
+        if issubclass(kind, torch.nn.Module):
+            variant = options.get("variant") if weights_in(Path(path) / name, options.get("variant")) else None
+            parts[name] = load_part(kind, path, name, where, **{**options, "variant": variant})
+    return parts
 
 
 def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
@@ -134,33 +173,33 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
     A quantized one comes in the dtype that the rest of it was saved in, whatever `dtype` says. Raises ModelError (one
     sentence naming `flag`) where there is no such pipeline.
     """
+    where = f"{flag} {path}"
     pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
+    check_weights(path, variant, where)
     if found := quantization_of(path, revision):
         dtype = saved_dtype(path, revision)
         print(f"{path}: {found} weights, the rest in {dtype}, as saved.", flush=True)
-    extras = {}
-    if pipeline_class is StableDiffusionPipeline:
-        extras = {"safety_checker": None, "requires_safety_checker": False}
-    options = {"dtype": dtype, "revision": revision, "variant": variant, "use_safetensors": True}
+    options = {"dtype": dtype, "use_safetensors": True}
     try:
-        pipeline = pipeline_class.from_pretrained(path, **load_pruned(path, **options), **options, **extras)
+        folder = path
+        if not Path(path).is_dir():
+            folder = pipeline_class.download(path, revision=revision, variant=variant, use_safetensors=True)
+        parts = load_parts(folder, where, variant=variant, **options)
+        parts.update({name: None for name in UNUSED if not (Path(folder) / name).is_dir()})
+        if pipeline_class is StableDiffusionPipeline:
+            parts.update(safety_checker=None, requires_safety_checker=False)
+        known = inspect.signature(pipeline_class).parameters
+        parts = {name: part for name, part in parts.items() if name in known}
+        pipeline = pipeline_class.from_pretrained(folder, **parts, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"{flag} {path}: the pipeline does not load ({first_line(error)})") from None
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{where}: the pipeline does not load ({first_line(error)})") from None
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def weight_files(source, component):
-    """The weight files of a component of the pipeline that `source` (path, and revision, variant) names: a list."""
-    folder, variant = Path(source["path"]), source.get("variant")
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source["path"], revision=source.get("revision"), local_files_only=True))
-    weights = rf"(diffusion_pytorch_)?model(\.{re.escape(variant)})?" if variant else "(diffusion_pytorch_)?model"
-    files = (folder / component).glob("*.safetensors")
-    return [file for file in files if re.fullmatch(rf"{weights}(-\d+-of-\d+)?\.safetensors", file.name)]
 
 
 def default_guidance(path, revision=None):
@@ -195,9 +234,9 @@ def load_unet(args, student_model=None):
     """A UNet to be trained, of --pretrained_model_name_or_path or a student: in fp32, from the weights as stored."""
     origin = {} if student_model else {"revision": args.revision, "variant": args.variant}
     path = student_model or args.pretrained_model_name_or_path
-    options = {"subfolder": "unet", "dtype": torch.float32, "use_safetensors": True, **origin}
-    unet_class = component_class(path, "unet", origin.get("revision")) or UNet2DConditionModel
-    return unet_class.from_pretrained(path, **options)
+    where = f"{'--student_model' if student_model else '--pretrained_model_name_or_path'} {path}"
+    kind = component_class(path, "unet", origin.get("revision")) or UNet2DConditionModel
+    return load_part(kind, path, "unet", where, dtype=torch.float32, use_safetensors=True, **origin)
 
 
 def set_up(module, args, *more):

@@ -5,6 +5,7 @@ So resume restores nothing, and processes, workers and micro-batches change noth
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 
 STREAMS = {  # independent uses of one sample; a number, once used, is never given to another
     "noise": 0,  # what training draws: noise, timesteps, scales
@@ -24,3 +25,8 @@ def sample_generator(seed, step, index, stream="noise"):
     number = STREAMS[stream]
     state = np.random.SeedSequence([seed, step, index] + [number] * (number != 0)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def seed_all(seed):
+    """Seed the global generators, for what is initialised at random; numpy's takes 32 bits."""
+    set_seed(seed % 2**32)

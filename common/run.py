@@ -5,6 +5,7 @@ A script calls, in this order: `settle` (every refusal that files and flags allo
 `run.count` and `run.save`. Nothing here calls back into a script.
 """
 
+import contextlib
 import math
 import os
 import secrets
@@ -16,53 +17,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from common import checkpoint as checkpoints
-from common.contract import TINY_SD
 from common.errors import CheckpointError, UsageError, UserError, first_line
 from common.hooks import register_checkpoint_hooks
+from common.identity import identity_of
+from common.randomness import seed_all
 
 STOPPED = 75  # exit status of a run that a signal ended and that can be resumed (sysexits' EX_TEMPFAIL: try again)
-
-# Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
-# What decides the global batch is compared as one number.
-FREE_ON_RESUME = {
-    "output_dir",
-    "run_name",
-    "overwrite_output_dir",
-    "max_train_steps",
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "dataloader_num_workers",
-    "validation_prompts",
-    "validation_steps",
-    "num_validation_images",
-    "report_to",
-    "export",
-    "gradient_checkpointing",
-    "torch_compile",
-    "allow_tf32",
-    "eval_steps",
-    "teacher_cpu_offload",
-    "lora_dir",
-    "int8_backend",
-    "int8_skip",
-    "max_skipped_updates",
-    "ddp_timeout",
-}
-
-
-def resume_identity(args):
-    """The arguments that a continuation must share with its run. tiny-sd is the same wherever the checkout lies."""
-    shared = {name: value for name, value in sorted(vars(args).items()) if name not in FREE_ON_RESUME}
-    return {name: "assets/tiny-sd" if value == str(TINY_SD) else value for name, value in shared.items()}
-
 
 # Opening
 
@@ -91,17 +56,20 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
             "GPU; launch it with accelerate_configs/multi_gpu.yaml."
         )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    identity = {**resume_identity(args), "mixed_precision": accelerator.mixed_precision}
+    lock = None
 
     def decide():
+        nonlocal lock
+        identity = {**identity_of(args), "mixed_precision": accelerator.mixed_precision}
         checkpoint = checkpoints.find_checkpoint(folder, args.resume_from_checkpoint)
-        checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir)
+        checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir, args.resume_from_checkpoint)
         if checkpoint:
             checkpoints.check_same_run(checkpoint, identity, global_batch_size)
+        lock = checkpoints.FolderLock(folder)
         checkpoints.make_folder(folder, checkpoint)
-        return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}
+        return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}, identity
 
-    checkpoint, saved = on_main_process(accelerator, decide)
+    checkpoint, saved, identity = on_main_process(accelerator, decide)
     check_shared(accelerator, folder, checkpoint)
     if args.resume_from_checkpoint:
         accelerator.print(
@@ -117,8 +85,9 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
-    set_seed(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
-    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, saved.get("state", {}))
+    seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
+    state = saved.get("state", {})
+    return Run(args, accelerator, folder, lock, checkpoint, identity, global_batch_size, stop, step, state)
 
 
 def on_main_process(accelerator, decide):
@@ -200,6 +169,7 @@ class Run:
     args: object
     accelerator: Accelerator
     folder: Path
+    lock: checkpoints.FolderLock | None  # of the main process
     checkpoint: Path | None  # that the run resumes from
     identity: dict  # the arguments that a continuation must share
     global_batch_size: int
@@ -212,6 +182,7 @@ class Run:
     terms: dict = field(default_factory=dict)  # what `add` was given in this step
     logs: dict = field(default_factory=dict)  # what the last `count` reported
     bar: object = None
+    tracked: bool = True  # until a tracker fails
 
     @property
     def device(self):
@@ -270,7 +241,7 @@ class Run:
         if self.step:
             self.save(now=True)
         self.accelerator.print(f"Stopped by a signal after step {self.step}; --resume_from_checkpoint latest goes on.")
-        self.accelerator.end_training()
+        self._leave()
         raise Stopped
 
     def add(self, **terms):
@@ -294,7 +265,7 @@ class Run:
         self.logs = dict(zip([*names, *self.norms], found.tolist()))
         self.logs["skipped"] = sum(count for count, _ in self.state["skipped"].values())
         self.bar.set_postfix({name: f"{self.logs[name]:.4g}" for name in shown})
-        self.accelerator.log({**self.logs, **more}, step=self.step)
+        self._log({**self.logs, **more})
         self.terms = {}
         for name, (_, in_a_row) in self.state["skipped"].items():
             if in_a_row >= self.args.max_skipped_updates:
@@ -328,16 +299,21 @@ class Run:
                 )
         self.state["averaged"] = {name: ema.updates for name, ema in self.averages.items()}
         healthy = all(in_a_row == 0 for _, in_a_row in self.state["skipped"].values())
-        checkpoints.save_checkpoint(
-            self.accelerator,
-            self.folder,
-            self.step,
-            self.identity,
-            self.global_batch_size,
-            self.args.max_train_steps,
-            self.state,
-            self.args.checkpoints_total_limit if healthy else None,
-        )
+        try:
+            checkpoints.save_checkpoint(
+                self.accelerator,
+                self.folder,
+                self.step,
+                self.identity,
+                self.global_batch_size,
+                self.args.max_train_steps,
+                self.state,
+                self.args.checkpoints_total_limit if healthy else None,
+            )
+        except CheckpointError as error:
+            if now or last:
+                raise
+            self.accelerator.print(f"warning: {error} The run goes on, and tries again when the next one is due.")
         if last:
             self.check_finite()
 
@@ -353,8 +329,23 @@ class Run:
         """Close the bar and the trackers, once everything is written; done: a final/ was, and is named first."""
         self.bar.close()
         self.accelerator.print(*[f"Done: {self.folder / 'final'}"] * done, *said)
+        self._leave()
+
+    def _leave(self):
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        if self.lock:
+            self.lock.release()
+        with contextlib.suppress(Exception):  # a tracker that fails has nothing left to lose
+            self.accelerator.end_training()
+
+    def _log(self, values):
+        """To the trackers; one that fails is said once, and the run goes on without it."""
+        if self.tracked:
+            try:
+                self.accelerator.log(values, step=self.step)
+            except Exception as error:  # whatever a tracker raises
+                self.tracked = False
+                print(f"warning: --report_to {self.args.report_to} failed ({first_line(error)}): no more is logged.")
 
 
 def run_script(main, args):

@@ -52,7 +52,7 @@ def check_prompts(prompts, where):
 def sample_timed(pipeline, device, **call):
     """(pixels, seconds without decode, seconds) of one call of the stock pipeline, synchronised with the device.
 
-    `call`: the pipeline's arguments. Pixels are fp32 (B, 3, H, W) in about [-1, 1].
+    `call`: the pipeline's arguments. Pixels are fp32 (B, 3, H, W) in about [-1, 1]; UsageError where they are NaN.
     """
 
     def now():
@@ -66,4 +66,11 @@ def sample_timed(pipeline, device, **call):
     if latents.dim() == 3:  # FLUX packs 2 x 2 of them into one
         latents = pipeline._unpack_latents(latents, call["height"], call["width"], pipeline.vae_scale_factor)
     pixels = decode_latents(pipeline.vae, latents.to(pipeline.vae.dtype))
-    return pixels, sampled - began, now() - began
+    seconds = now() - began
+    broken = int((~pixels.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        raise UsageError(
+            f"{broken} of {len(pixels)} images are not finite numbers, so they are not scored: take bf16 or fp32 "
+            "instead of fp16, or another checkpoint of the model."
+        )
+    return pixels, sampled - began, seconds

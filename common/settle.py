@@ -10,7 +10,8 @@ from accelerate.utils import parse_flag_from_env
 from common.contract import TINY_SD, comes_from_tiny_sd
 from common.errors import UsageError
 from common.lora import settle_lora
-from common.pipelines import read_pipeline_config
+from common.model_files import check_weights
+from common.pipelines import read_pipeline_config, resolution_of
 
 
 def settle(args, transformers=False, needs_data=True):
@@ -38,7 +39,8 @@ def settle(args, transformers=False, needs_data=True):
         args.pretrained_model_name_or_path = str(path.absolute())
     teacher = args.pretrained_model_name_or_path
     _, native_resolution, factor = read_pipeline_config(teacher, args.revision, transformers=transformers)
-    args.resolution = args.resolution or native_resolution
+    check_weights(teacher, args.variant, f"--pretrained_model_name_or_path {teacher}")
+    args.resolution = resolution_of(args, native_resolution)
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
 

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add("--original", default=str(TINY_SD), help="the pipeline that the LoRAs were made for")
     add("--lora_dir", required=True, help="folder of LoRAs: .safetensors files, and folders as training writes them")
     add("--num_prompts", type=arguments.positive_int, default=8, help="images to try each LoRA on")
-    add("--seed", type=arguments.natural, default=0, help="of the noise that the images start from")
+    add("--seed", type=arguments.seed, default=0, help="of the noise that the images start from")
     add("--output_dir", default="outputs/check_loras", help=f"where {REPORT} goes")
     return parser.parse_args(argv)
 

@@ -1,5 +1,6 @@
 """Fixtures: tiny random pipelines of every supported shape, and ways to run a script in this process or launched."""
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # tests run side by side, and one thread sums in one order
 pytest.register_assert_rewrite("launching")  # pytest explains the failed asserts of tests and conftest.py alone
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="many rounds of what is tried at random moments")
+
+
+@pytest.fixture(scope="session")
+def rounds(request):
+    """How often a fault at a random moment is tried."""
+    return 20 if request.config.getoption("--slow") else 3
 
 
 def pytest_collection_modifyitems(items):
@@ -243,6 +254,24 @@ def compiled(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # the first lines of this file keep other tests on the CPU
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(pipelines, tmp_path_factory):
+    """`uninterrupted(name)`: the folder of a script's four steps in one go, with samples, in FP16 and INT8 too."""
+    from launching import flags
+
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            shown = ["--validation_prompts", "a ring", "--validation_steps", 3, "--num_validation_images", 1]
+            module = importlib.import_module(name)
+            run_in_process(module, *flags(pipelines, name, made[name], *shown, "--export", "fp16", "int8"))
+        return made[name]
+
+    return get
 
 
 def run_in_process(module, *arguments):

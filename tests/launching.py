@@ -1,6 +1,7 @@
 """What tests of several scripts share: short runs, killed runs, checkpoints compared, mistakes, stock diffusers."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,35 @@ def see_with(dinov2):
     return ["--discriminator", "dinov2", "--feature_model_name_or_path", dinov2, "--feature_resolution", 28]
 
 
+# Every script
+
+QUICK_CALIBRATION = ["--num_calibration_prompts", 2, "--calibration_steps", 2]
+SCRIPTS = {  # four optimizer steps of each, on a random pipeline
+    "train_flash_lora": ["--num_ddim_steps", 2, "--num_inference_steps", 2],
+    "train_lcm": ["--lora_rank", 4],
+    "train_guided": [],
+    "train_progressive": ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 2],
+    "train_add": ["--num_inference_steps", 2],
+    "train_student_kd": [],
+    "train_text_encoder_kd": [],
+    "prune_and_quantize": ["--iterative", 2, "--finetune_steps", 2, "--num_eval_images", 0, *QUICK_CALIBRATION],
+}
+
+# The tests of one script share its uninterrupted run, so they share a worker.
+every_script = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS]
+)
+
+
+def flags(pipelines, name, folder, *more, steps=4, **options):
+    """Flags of a short run of a script; of progressive, whose stages say how long it is, --max_steps is a cap."""
+    return quick(pipelines, folder, *SCRIPTS[name], "--checkpointing_steps", 2, *more, steps=steps, **options)
+
+
+def inside(name, folder):
+    return folder / "lora" if name == "train_flash_lora" else folder
+
+
 # Checkpoints
 
 
@@ -56,6 +86,18 @@ def assert_same_checkpoints(a, b, name, **tolerance):
             torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, key=key: f"{key}: {m}")
         else:
             assert torch.equal(a[key], b[key]), key
+
+
+def start_from(name, run, folder, checkpoint="checkpoint-2"):
+    """A folder in which a run can be resumed from an earlier checkpoint of another one."""
+    for part in (checkpoint, "student"):
+        if (inside(name, run) / part).is_dir():
+            shutil.copytree(inside(name, run) / part, inside(name, folder) / part)
+
+
+def assert_same(name, a, b, step=4, **tolerance):
+    a, b = (inside(name, folder) / f"checkpoint-{step}" for folder in (a, b))
+    assert_same_checkpoints(a, b, "student", **tolerance)
 
 
 # Killed runs

@@ -24,11 +24,12 @@ from common.contract import TINY_SD, write_distillation
 from common.ema import EMA, copy_tensors
 from common.errors import CheckpointError, ModelError, UsageError
 from common.hooks import FeatureTap
+from common.identity import identity_of
 from common.judging.metrics import load_lpips
 from common.judging.previews import image_grid
 from common.optimization import learning_rate_at
 from common.pipelines import load_pipeline, read_pipeline_config
-from common.run import StopSignal, resume_identity
+from common.run import StopSignal
 from common.settle import use_embedded_default
 
 
@@ -238,7 +239,7 @@ def test_the_embedded_default_and_a_model_without_data(tmp_path):
     args = parser.parse_args([])
     use_embedded_default(args)
     # A checkout that was moved still resumes its runs.
-    assert resume_identity(args)["pretrained_model_name_or_path"] == "assets/tiny-sd"
+    assert identity_of(args)["pretrained_model_name_or_path"]["path"] == "assets/tiny-sd"
     assert args.dataset_name == "shapes" and args.pretrained_model_name_or_path == str(TINY_SD)
     for foreign in ("a/b", "segmind/tiny-sd"):
         with pytest.raises(UsageError, match="--dataset_name shapes"):

@@ -11,7 +11,7 @@ from common.judging.evaluation import better, check_evaluation
 def test_the_best_without_a_clip_is_the_readers_and_without_any_judge_what_it_was():
     """tiny-clip, the default, may be missing: then the reader of scenes is all that judges shapes, if it is there."""
     first = better(None, {"scene_accuracy": 0.5}, 1)
-    assert first == {"metric": "scene_accuracy", "value": 0.5, "step": 1}
+    assert first == {"metric": "scene_accuracy", "value": 0.5, "step": 1, "judges": None}
     assert better(first, {"scene_accuracy": 0.4}, 2) is first
     assert better(first, {"scene_accuracy": 0.6}, 2)["step"] == 2
     assert better(None, {"scene_accuracy": 1.0, "clip_score": 20.0}, 1)["metric"] == "clip_score"

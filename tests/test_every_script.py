@@ -22,14 +22,19 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, environment, launch_command, read_json, run_in_process
 from diffusers import DiffusionPipeline
 from launching import (
+    SCRIPTS,
     SHAPES,
     assert_every_flag_has_help,
-    assert_same_checkpoints,
+    assert_same,
     checkpoint_tensors,
     error_of,
+    every_script,
+    flags,
     fork_and_wait,
+    inside,
     kill_9_while_saving,
     quick,
+    start_from,
     wait_for,
 )
 from safetensors.torch import load_file
@@ -43,17 +48,6 @@ from common.pipelines import load_pipeline
 from common.run import STOPPED, StopSignal
 from common.schedulers import student_scheduler
 
-QUICK_CALIBRATION = ["--num_calibration_prompts", 2, "--calibration_steps", 2]
-SCRIPTS = {  # four optimizer steps of each, on a random pipeline
-    "train_flash_lora": ["--num_ddim_steps", 2, "--num_inference_steps", 2],
-    "train_lcm": ["--lora_rank", 4],
-    "train_guided": [],
-    "train_progressive": ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 2],
-    "train_add": ["--num_inference_steps", 2],
-    "train_student_kd": [],
-    "train_text_encoder_kd": [],
-    "prune_and_quantize": ["--iterative", 2, "--finetune_steps", 2, "--num_eval_images", 0, *QUICK_CALIBRATION],
-}
 LORA = {
     "train_flash_lora": SCRIPTS["train_flash_lora"],
     "train_lcm": [],
@@ -65,49 +59,6 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 EVERYTHING = [*FEED_FORWARD, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "linear_1"]
 SPLIT = dict(atol=2e-5, rtol=1e-3)  # the order of a sum, through Adam
-
-# The tests of one script share its uninterrupted run, so they share a worker.
-every_script = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS]
-)
-
-
-def flags(pipelines, name, folder, *more, steps=4, **options):
-    """Flags of a short run of a script; of progressive, whose stages say how long it is, --max_steps is a cap."""
-    return quick(pipelines, folder, *SCRIPTS[name], "--checkpointing_steps", 2, *more, steps=steps, **options)
-
-
-def inside(name, folder):
-    return folder / "lora" if name == "train_flash_lora" else folder
-
-
-def start_from(name, run, folder, checkpoint="checkpoint-2"):
-    """A folder in which a run can be resumed from an earlier checkpoint of another one."""
-    for part in (checkpoint, "student"):
-        if (inside(name, run) / part).is_dir():
-            shutil.copytree(inside(name, run) / part, inside(name, folder) / part)
-
-
-def assert_same(name, a, b, step=4, **tolerance):
-    a, b = (inside(name, folder) / f"checkpoint-{step}" for folder in (a, b))
-    assert_same_checkpoints(a, b, "student", **tolerance)
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(pipelines, tmp_path_factory):
-    """`uninterrupted(name)`: the folder of a script's four steps in one go, with samples, in FP16 and INT8 too."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            shown = ["--validation_prompts", "a ring", "--validation_steps", 3, "--num_validation_images", 1]
-            module = importlib.import_module(name)
-            run_in_process(module, *flags(pipelines, name, made[name], *shown, "--export", "fp16", "int8"))
-        return made[name]
-
-    return get
-
 
 # Killed, stopped, split
 

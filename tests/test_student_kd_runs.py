@@ -226,10 +226,12 @@ def test_held_out_images_of_a_folder_are_judged(pipelines, students, tmp_path):
 
 def test_better():
     first = better(None, {"clip_score": 20.0, "frechet_clip": 5.0}, 1)
-    assert first == {"metric": "frechet_clip", "value": 5.0, "step": 1}
+    assert first == {"metric": "frechet_clip", "value": 5.0, "step": 1, "judges": None}
     assert better(first, {"frechet_clip": 5.0}, 2) is first and better(first, {"frechet_clip": 6.0}, 2) is first
     assert better(first, {"frechet_clip": 4.0}, 2)["step"] == 2
-    assert better(first, {"clip_score": 1.0}, 3) == {"metric": "clip_score", "value": 1.0, "step": 3}
+    again = {"metric": "clip_score", "value": 1.0, "step": 3, "judges": None}
+    assert better(first, {"clip_score": 1.0}, 3) == again
+    assert better(first, {"frechet_clip": 9.0}, 3, {"clip_model": "other"})["step"] == 3
     assert better({"metric": "clip_score", "value": 1.0, "step": 3}, {"clip_score": 2.0}, 4)["step"] == 4
 
 

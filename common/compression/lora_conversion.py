@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from common.compression.manifest import MANIFEST, read_manifest
 from common.compression.students import source_of
 from common.contract import read_distillation
 from common.errors import UsageError, first_line
-from common.lora import check_lora_path, load_lora
+from common.lora import LOAD_ERRORS, check_lora_path, load_lora, lora_file, lora_tensors
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FACTOR = re.compile(r"(?:\.lora_linear_layer|\.lora|_lora)\.(down|up)(?:\.weight)?$|\.lora_(A|B)\.weight$")
@@ -48,25 +48,21 @@ def read_lora(pipeline, path, flag="--lora_path"):
     check_lora_path(path, flag)
     try:
         check_plain(path, where)
-        options = {"use_safetensors": True, "unet_config": pipeline.unet.config}
-        tensors, alphas, metadata = pipeline.lora_state_dict(str(path), return_lora_metadata=True, **options)
-    except UsageError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        tensors, alphas, metadata = lora_tensors(pipeline, str(path))
+    except LOAD_ERRORS as error:
+        if str(error).startswith(where):
+            raise
         raise UsageError(f"{where}: it is no LoRA that can be read ({first_line(error)}).") from None
     return layers_of(pipeline, tensors, alphas or {}, metadata or {}, where)
 
 
 def check_plain(path, where):
     """UsageError where a file holds more than two factors for each layer; a hub id is not looked into."""
-    for file in Path(path).glob("*.safetensors") if Path(path).is_dir() else [Path(path)]:
-        if file.is_file():
-            with safe_open(file, "pt") as opened:
-                strange = next((key for key in opened.keys() if _NOT_PLAIN.search(key)), None)
-            if strange:
-                raise UsageError(
-                    f"{where}: it is no plain LoRA (it has {strange}), which is all that can be converted."
-                )
+    if Path(path).exists():
+        with safe_open(lora_file(path), "pt") as opened:
+            strange = next((key for key in opened.keys() if _NOT_PLAIN.search(key)), None)
+        if strange:
+            raise UsageError(f"{where}: it is no plain LoRA (it has {strange}), which is all that can be converted.")
 
 
 def layers_of(pipeline, tensors, alphas, metadata, where):

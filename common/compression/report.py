@@ -10,7 +10,8 @@ from safetensors import safe_open
 from common.compression import calibration, channels
 from common.judging import results
 from common.judging.previews import image_grid
-from common.pipelines import load_pipeline, weight_files
+from common.model_files import weight_files
+from common.pipelines import load_pipeline
 from common.randomness import sample_generator
 from common.sampling import default_batch_size, sample_timed
 

@@ -144,16 +144,17 @@ def check_evaluation(args):
         raise UsageError("--eval_steps has no judge: give --clip_model, --inception_path or --lpips_trunk_path.")
 
 
-def better(best, figures, step):
-    """`best` ({"metric", "value", "step"} or None), or these figures of `step` where they are better.
+def better(best, figures, step, judges=None):
+    """`best` ({"metric", "value", "step", "judges"} or None), or these figures of `step` where they are better.
 
-    The first of METRICS that was measured decides; where none was, nothing is better. A run resumed with other judges
-    starts to compare anew.
+    The first of METRICS that was measured decides; where none was, nothing is better. A run resumed with other
+    `judges` (identity.judges_of) starts to compare anew.
     """
     metric = next((name for name in METRICS if name in figures), None)
     if metric is None:
         return best
     value = figures[metric]
-    if best is not None and best["metric"] == metric and METRICS[metric] * (value - best["value"]) <= 0:
+    comparable = best is not None and (best["metric"], best.get("judges", judges)) == (metric, judges)
+    if comparable and METRICS[metric] * (value - best["value"]) <= 0:
         return best
-    return {"metric": metric, "value": value, "step": step}
+    return {"metric": metric, "value": value, "step": step, "judges": judges}

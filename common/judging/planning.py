@@ -12,7 +12,7 @@ from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id
-from common.pipelines import read_pipeline_config
+from common.pipelines import read_pipeline_config, resolution_of
 from common.sampling import read_prompts_file
 
 NUM_IMAGES = 200  # unless the flag, a folder or the captions say otherwise
@@ -90,11 +90,10 @@ def plan_model(path, args):
 def native_size(source, args):
     """Pixels per side that a pipeline is sampled at."""
     _, size, factor = read_pipeline_config(source["path"], source["revision"], flag="--models", quantized=True)
-    if (args.resolution or size) % factor:
-        raise UsageError(
-            f"--resolution {args.resolution} is not a multiple of {factor}, the factor of {source['path']}."
-        )
-    return args.resolution or size
+    size = resolution_of(args, size, f"--models {source['path']}")
+    if size % factor:
+        raise UsageError(f"--resolution {size} is not a multiple of {factor}, the factor of {source['path']}.")
+    return size
 
 
 def plan_sampling(model, args):

@@ -5,6 +5,7 @@ per prompt. A column that a row lacks stays empty.
 """
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -65,6 +66,11 @@ QUALITY = {  # what `plot` draws, and which way is better
 }
 
 
+# What inference.py and evaluate.py write.
+WRITTEN = ("images", "results.csv", "results.json", "grid.png", "grid_steps.png", "grid_comparison.png")
+WRITTEN += ("quality_steps.png", "quality_size.png")
+
+
 def make_outdir(path, flag="--output_dir"):
     """Make --output_dir. Raises UsageError where it can't be made or written: else that would show hours later."""
     try:
@@ -73,6 +79,24 @@ def make_outdir(path, flag="--output_dir"):
             pass
     except OSError as error:
         raise UsageError(f"{flag} {path} can't be made or written ({error.strerror or error}).") from None
+
+
+def begin(outdir):
+    """Begin the results of a run in `outdir`: those of an earlier one, which they must not mix with, are set aside."""
+    outdir = Path(outdir)
+    try:
+        earlier = "configurations" in json.loads((outdir / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        earlier = False
+    if earlier:
+        number = next(n for n in itertools.count(1) if not (outdir / f"earlier-{n}").exists())
+        aside = outdir / f"earlier-{number}"
+        aside.mkdir()
+        for name in WRITTEN:
+            if (outdir / name).exists():
+                os.replace(outdir / name, aside / name)
+        print(f"{outdir}: what an earlier run wrote there is now in {aside}.", flush=True)
+    write_results(outdir, [], {"configurations": []})
 
 
 def load_judges(clip_model, reader, captions, device):

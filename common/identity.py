@@ -1,0 +1,130 @@
+"""What a run is, by which a continuation is told from another run: its arguments, and of files what they hold.
+
+Where data and models lie may differ between the jobs of one run; what they are may not.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from common.contract import TINY_SD
+from common.errors import CheckpointError
+
+# Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
+# What decides the global batch is compared as one number.
+FREE_ON_RESUME = {
+    "output_dir",
+    "run_name",
+    "overwrite_output_dir",
+    "max_train_steps",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "dataloader_num_workers",
+    "validation_prompts",
+    "validation_steps",
+    "num_validation_images",
+    "report_to",
+    "export",
+    "gradient_checkpointing",
+    "torch_compile",
+    "allow_tf32",
+    "teacher_cpu_offload",
+    "lora_dir",
+    "int8_backend",
+    "int8_skip",
+    "max_skipped_updates",
+    "ddp_timeout",
+}
+# What judges a run from without; a continuation with another judge compares anew from there on.
+JUDGES = (
+    "eval_data_dir",
+    "num_eval_images",
+    "eval_inference_steps",
+    "clip_model",
+    "inception_path",
+    "lpips_trunk_path",
+)
+# Arguments that may name a file or folder.
+PLACES = {
+    "data_dir",
+    "dataset_name",
+    "pretrained_model_name_or_path",
+    "student_model",
+    "feature_model_name_or_path",
+    "prompts_file",
+    *JUDGES,
+}
+SAMPLED = (".safetensors", ".json", ".pth", ".parquet", ".tar")  # of these, bytes too
+CHUNK, CHUNKS = 2**16, 64
+
+
+def identity_of(args):
+    """{name: value} of the arguments that a continuation must share with its run; of a place {"path", "content"}."""
+    free = {*FREE_ON_RESUME, "eval_steps", *(JUDGES if hasattr(args, "eval_steps") else ())}
+    return {name: _place(name, value) for name, value in sorted(vars(args).items()) if name not in free}
+
+
+def judges_of(args):
+    """The same of what judges a run during training."""
+    return {name: _place(name, getattr(args, name)) for name in JUDGES}
+
+
+def _place(name, value):
+    if name not in PLACES or not isinstance(value, str) or value == "shapes" or not os.path.exists(value):
+        return value
+    # tiny-sd is the same wherever the checkout lies.
+    path = "assets/tiny-sd" if value == str(TINY_SD) else os.path.abspath(value)
+    return {"path": path, "content": fingerprint(value)}
+
+
+def fingerprint(path):
+    """A short hash of what a file or folder holds: names, sizes and, of weights and tables, samples of the bytes."""
+    root, digest = Path(path), hashlib.sha256()
+    for file in sorted(_files(root)):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode(errors="surrogateescape"))
+        if file.suffix.lower() in SAMPLED:
+            with open(file, "rb") as opened:
+                for start in range(0, size, max(size // CHUNKS, CHUNK)):
+                    opened.seek(start)
+                    digest.update(opened.read(CHUNK))
+    return digest.hexdigest()[:16]
+
+
+def _files(root):
+    """The files of a folder but for hidden ones and what only people read."""
+    if root.is_file():
+        return [root]
+    found = []
+    for where, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(where) / name for name in names if name[0] != "." and not name.endswith((".md", ".lock"))]
+    return [file for file in found if file.is_file()]
+
+
+def check_same(checkpoint, saved, current):
+    """Refuse to resume `checkpoint` where an argument that changes the maths has changed: CheckpointError.
+
+    saved, current: {name: value} of identity_of and more. Returns sentences on what lies elsewhere now.
+    """
+    current, moved, changed = json.loads(json.dumps(current)), [], []
+    for name in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(name), current.get(name)
+        places = [value for value in (before, now) if isinstance(value, dict) and "content" in value]
+        if len(places) == 2 and before["content"] == now["content"]:
+            if before["path"] != now["path"]:
+                moved.append(f"--{name}: {now['path']} is what was {before['path']}.")
+            continue
+        was, is_now = (value["path"] if value in places else value for value in (before, now))
+        if was == is_now and len(places) == 2:
+            changed.append(f"{name} {was} holds something else now")
+        elif was != is_now:
+            other = ", which holds something else" if len(places) == 2 else ""
+            changed.append(f"{name} was {was}, now {is_now}{other}")
+    if changed:
+        raise CheckpointError(f"{checkpoint} belongs to a run with other arguments: {'; '.join(changed)}.")
+    return moved
