@@ -391,7 +391,7 @@ def main(args):
         except ImageError as error:
             raise UsageError(f"--init_image {args.init_image} can't be used: {error}.") from None
     native = read_pipeline_config(plan.model["path"], plan.model["revision"], quantized=True)[1]
-    args.resolution = resolution_of(args, native)
+    args.resolution = resolution_of(args, native, plan.model["path"])
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)
     clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)

@@ -217,16 +217,14 @@ def student_scheduler(args, scheduler, teacher_schedule):
         chains = [student_timesteps(ddim_scheduler(scheduler, length), length) for length in lengths]
     except ValueError as error:
         raise UsageError(f"--chain_schedule: {error}.") from None
-    schedule = NoiseSchedule(scheduler)
+    try:
+        schedule = NoiseSchedule(scheduler)
+    except ValueError as error:
+        raise UsageError(f"--prediction_type {args.prediction_type}: {error}; use v_prediction.") from None
     ours = schedule.alpha(torch.arange(schedule.num_train_timesteps))
     theirs = teacher_schedule.alpha(torch.arange(teacher_schedule.num_train_timesteps)).cpu()
     if not torch.equal(ours, theirs):
         raise UsageError(f"--student_model {args.student_model}: its noise schedule is not the teacher's.")
-    if schedule.prediction_type == "epsilon" and ours.min() == 0:
-        raise UsageError(
-            "--prediction_type epsilon says nothing of the image at the zero terminal SNR that the teacher's "
-            "scheduler has: use v_prediction."
-        )
     return scheduler, chains
 
 

@@ -120,42 +120,48 @@ def refuse_other_run(folder, checkpoint, overwrite, resume_from_checkpoint=None)
         )
 
 
-class FolderLock:
-    """That one run at a time writes into a folder: a lock of the system's, which ends with the process that holds it.
+_locks = []  # (path, open file) that this process holds
+
+
+def lock_folder(folder):
+    """Let one run at a time write into a folder: by a lock of the system's, which ends with the process that holds it.
 
     The file says who holds it. Raises CheckpointError where another process does.
     """
+    path = Path(folder) / LOCK
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise CheckpointError(f"--output_dir: {folder} can't be made or written ({error.strerror}).") from None
+    file.seek(0)
+    holder = file.read().strip()
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise CheckpointError(
+            f"{folder}: another run is writing there ({holder}): wait for it or stop it, or give this one another "
+            "--run_name or --output_dir."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    mine = f"process {os.getpid()} on {socket.gethostname()}"
+    if holder not in ("", mine):
+        print(f"{folder}: taken over from {holder}, which ended without a word.", flush=True)
+    file.truncate(0)
+    file.write(mine)
+    file.flush()
+    _locks.append((path, file))
 
-    def __init__(self, folder):
-        self.path = Path(folder) / LOCK
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+")
-        except OSError as error:
-            raise CheckpointError(f"--output_dir: {folder} can't be made or written ({error.strerror}).") from None
-        self.file.seek(0)
-        holder = self.file.read().strip()
-        try:
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise CheckpointError(
-                f"{folder}: another run is writing there ({holder}): wait for it or stop it, or give this one another "
-                "--run_name or --output_dir."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        mine = f"process {os.getpid()} on {socket.gethostname()}"
-        if holder not in ("", mine):
-            print(f"{folder}: taken over from {holder}, which ended without a word.", flush=True)
-        self.file.truncate(0)
-        self.file.write(mine)
-        self.file.flush()
 
-    def release(self):
+def release_locks():
+    """Where a run has ended, however it has."""
+    while _locks:
+        path, file = _locks.pop()
         with contextlib.suppress(OSError):
-            self.path.unlink()
-        self.file.close()
+            path.unlink()
+        file.close()
 
 
 def make_folder(folder, checkpoint):

@@ -105,10 +105,10 @@ def read_pipeline_config(
     return known[name], (size or 128) * factor, 2 * factor
 
 
-def resolution_of(args, native, flag="--pretrained_model_name_or_path"):
+def resolution_of(args, native, where):
     """--resolution, or else the native one. Raises ModelError where there is neither."""
     if not args.resolution and native is None:
-        raise ModelError(f"{flag}: its unet/config.json has no sample_size: give --resolution.")
+        raise ModelError(f"{where}: unet/config.json has no sample_size: give --resolution.")
     return args.resolution or native
 
 

@@ -56,16 +56,14 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
             "GPU; launch it with accelerate_configs/multi_gpu.yaml."
         )
     global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    lock = None
 
     def decide():
-        nonlocal lock
         identity = {**identity_of(args), "mixed_precision": accelerator.mixed_precision}
         checkpoint = checkpoints.find_checkpoint(folder, args.resume_from_checkpoint)
         checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir, args.resume_from_checkpoint)
         if checkpoint:
             checkpoints.check_same_run(checkpoint, identity, global_batch_size)
-        lock = checkpoints.FolderLock(folder)
+        checkpoints.lock_folder(folder)
         checkpoints.make_folder(folder, checkpoint)
         return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}, identity
 
@@ -87,7 +85,7 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
-    return Run(args, accelerator, folder, lock, checkpoint, identity, global_batch_size, stop, step, state)
+    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state)
 
 
 def on_main_process(accelerator, decide):
@@ -169,7 +167,6 @@ class Run:
     args: object
     accelerator: Accelerator
     folder: Path
-    lock: checkpoints.FolderLock | None  # of the main process
     checkpoint: Path | None  # that the run resumes from
     identity: dict  # the arguments that a continuation must share
     global_batch_size: int
@@ -333,8 +330,7 @@ class Run:
 
     def _leave(self):
         self.accelerator.wait_for_everyone()
-        if self.lock:
-            self.lock.release()
+        checkpoints.release_locks()
         with contextlib.suppress(Exception):  # a tracker that fails has nothing left to lose
             self.accelerator.end_training()
 
@@ -364,6 +360,8 @@ def run_script(main, args):
         said = first_line(error)
     else:
         return
+    finally:
+        checkpoints.release_locks()
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"  # broken images, say, may be only in its share
     print(f"error: {said}{where}", file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ def settle(args, transformers=False, needs_data=True):
     teacher = args.pretrained_model_name_or_path
     _, native_resolution, factor = read_pipeline_config(teacher, args.revision, transformers=transformers)
     check_weights(teacher, args.variant, f"--pretrained_model_name_or_path {teacher}")
-    args.resolution = resolution_of(args, native_resolution)
+    args.resolution = resolution_of(args, native_resolution, f"--pretrained_model_name_or_path {teacher}")
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
 

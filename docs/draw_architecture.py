@@ -34,8 +34,8 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         3.4,
         1.53,
         {
-            "a run": "settle  run\noutputs",
-            "judging/": "metrics  image_sets\nresults  sampling  planning\nevaluation  previews",
+            "a run": "settle  run\noutputs  sampling",
+            "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
             "lora_conversion  lora_check",
         },
@@ -46,11 +46,11 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.62,
         1.72,
         {
-            "load and predict": "pipelines\nconditioning",
+            "load and predict": "pipelines  model_files\nconditioning",
             "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
             "quantized_folders",
             "adapt": "lora  text_encoders\ndiscriminators",
-            "keep": "contract  schedulers\ncheckpoint  hooks",
+            "keep": "contract  schedulers\ncheckpoint  identity\nhooks",
         },
     ),
     (
@@ -59,7 +59,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         0.3,
         1.27,
         {
-            "data": "shapes  data_formats\ndata",
+            "data": "shapes  texts  images\ndata_formats  data",
             "mathematics": "diffusion  optimization\nema  randomness",
             "flags, mistakes": "arguments\nerrors",
         },

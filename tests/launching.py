@@ -56,6 +56,12 @@ every_script = pytest.mark.parametrize(
 )
 
 
+def each(cases, what, happens):
+    """A test for each of the cases, each a line of docs/reliability.md; `what` has a place for its name."""
+    faults = [pytest.param(case, marks=pytest.mark.fault(what.format(case), happens)) for case in cases]
+    return pytest.mark.parametrize("case", faults)
+
+
 def flags(pipelines, name, folder, *more, steps=4, **options):
     """Flags of a short run of a script; of progressive, whose stages say how long it is, --max_steps is a cap."""
     return quick(pipelines, folder, *SCRIPTS[name], "--checkpointing_steps", 2, *more, steps=steps, **options)

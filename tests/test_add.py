@@ -243,7 +243,7 @@ def test_students_and_features_that_do_not_load_or_fit(pipelines, dinov2, tmp_pa
     blind = shutil.copytree(dinov2, tmp_path / "blind")
     (blind / "model.safetensors").unlink()
     for flags, said in (
-        (["--student_model", torn], f"error: --student_model {torn}: the pipeline does not load"),
+        (["--student_model", torn], f"error: --student_model {torn}: unet/ does not load"),
         (["--student_model", pipelines("v")], "its noise schedule or prediction type is not the teacher's"),
         (["--student_model", tmp_path / "reader"], "its text_encoder is not the teacher's"),
         (see_with(blind), f"error: --feature_model_name_or_path {blind}: the model does not load"),

@@ -527,7 +527,7 @@ def test_tf32_is_governed_by_one_flag(pipelines, tmp_path, monkeypatch, name):
 
     for flag, wanted in ((["--allow_tf32"], True), ([], False)):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(common.run, "set_seed", ended)
+            patched.setattr(common.run, "seed_all", ended)
             run_in_process(importlib.import_module(name), *flags(pipelines, name, tmp_path, *flag))
         assert torch.backends.cuda.matmul.allow_tf32 is wanted and torch.backends.cudnn.allow_tf32 is wanted
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, fork, read_json, run_in_process
-from launching import QUICK, SHAPES, assert_same, error_of, flags, fork_and_wait, quick, start_from, wait_for
+from launching import QUICK, SHAPES, assert_same, each, error_of, flags, fork_and_wait, quick, start_from, wait_for
 from PIL import Image
 
 import train_guided
-from common.checkpoint import FolderLock, checkpoints_in, damage_of
+from common.checkpoint import checkpoints_in, damage_of, lock_folder, release_locks
 from common.errors import CheckpointError
 from common.identity import fingerprint
 from common.run import STOPPED
@@ -78,14 +78,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", [
-    pytest.param(damage, marks=pytest.mark.fault(
-        f"resume where the newest checkpoint is damaged: {damage}",
-        "said; the one before it is used, the damaged one is set aside"))
-    for damage in DAMAGES
-])  # fmt: skip
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(pipelines, uninterrupted, tmp_path, capsys, damage):
-    name, spoil = DAMAGES[damage]
+@each(DAMAGES, "resume from a damaged checkpoint: {}", "said; the one before is used, the damaged one set aside")
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(pipelines, uninterrupted, tmp_path, capsys, case):
+    name, spoil = DAMAGES[case]
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
         start_from("train_guided", uninterrupted("train_guided"), tmp_path, checkpoint)
     spoil(tmp_path / "checkpoint-4" / name)
@@ -176,12 +171,12 @@ def test_a_second_run_in_a_folder_that_is_written_is_refused(pipelines, tmp_path
 @pytest.mark.fault("a run where a killed one has left its lock", "the folder is taken over, and that is said")
 def test_the_lock_of_a_dead_run_is_taken_over(tmp_path, capsys):
     (tmp_path / ".lock").write_text("process 4242 on elsewhere")
-    lock = FolderLock(tmp_path)
+    lock_folder(tmp_path)
     assert "taken over from process 4242 on elsewhere, which ended without a word" in capsys.readouterr().out
-    lock.release()
+    release_locks()
     assert not (tmp_path / ".lock").exists()
     with pytest.raises(CheckpointError, match="can't be made or written"):
-        FolderLock("/dev/null/run")
+        lock_folder("/dev/null/run")
 
 
 def pictures(folder):
