@@ -59,8 +59,11 @@ def read_text(path):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON that can be read ({error}).") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
+        raise DataError(f"{where} is no JSON that can be read ({error.msg}: {place}).") from None
+    except RecursionError:
+        raise DataError(f"{where} is no JSON that can be read: it is nested too deep.") from None
 
 
 def read_records(path):

@@ -29,7 +29,11 @@ def rounds(request):
     return 20 if request.config.getoption("--slow") else 3
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
+    for item in items:  # the tests of a file share what it makes, so they share a worker
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -237,15 +241,15 @@ class FakeInception(torch.nn.Module):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The modules that torch.compile traces and differentiates from here on.
+    """The modules that torch.compile traces from here on.
 
-    Without Inductor, which takes minutes to generate its CPU code.
+    Without Inductor, which takes minutes to generate its CPU code, or a traced backward, which takes half of the rest.
     """
     modules, compile = [], torch.nn.Module.compile
 
     def compile_quickly(module):
         modules.append(module)
-        compile(module, backend="aot_eager")
+        compile(module, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     return modules
