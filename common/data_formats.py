@@ -71,17 +71,25 @@ def find_image(root, bases, name):
     """
     if not isinstance(name, str):
         raise DataError(f"{name!r}, in the column of image files, is no path.")
-    spellings = [name, name.replace("\\", "/")]
-    spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
-    paths = [inside(root, base, spelling) for base in bases for spelling in dict.fromkeys(spellings)]
-    found = next(filter(os.path.isfile, paths), None)
-    return found or paths[0], found is not None
+    other = name.replace("\\", "/")
+    spellings = [name, other, *(unicodedata.normalize(form, other) for form in ("NFC", "NFD"))]
+    first = inside(root, bases[0], name)
+    for spelling in dict.fromkeys(spellings):
+        for base in bases:
+            path = inside(root, base, spelling)
+            if os.path.isfile(path):
+                return path, True
+    return first, False
 
 
 def files_in(folder):
     """The files in a folder and in those below it, links followed, hidden ones left out: a sorted list of paths."""
     found, seen = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+
+    def fail(error):  # os.walk would pass over a folder that it can't list
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:  # a link back up
             folders.clear()

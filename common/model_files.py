@@ -101,15 +101,18 @@ def native_size(config, part, where):
 
 
 def weights_in(folder, variant=None):
-    """The weight files in the folder of one model: a list."""
-    name = rf"(diffusion_pytorch_)?model(\.{re.escape(variant)})?" if variant else "(diffusion_pytorch_)?model"
+    """The weight files of one variant, or of none, in the folder of one model: a list."""
+    name = "(diffusion_pytorch_)?model" + (rf"\.{re.escape(variant)}" if variant else "")
     files = Path(folder).glob("*.safetensors")
     return [file for file in files if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.safetensors", file.name)]
 
 
 def weight_files(source, component):
-    """The weight files of a component of the pipeline that `source` (path, and revision, variant) names: a list."""
+    """The weight files of a component of the pipeline that `source` (path, and revision, variant) names: a list.
+
+    As they are loaded: of the variant where the component has it, else of none.
+    """
     folder = Path(source["path"])
     if not folder.is_dir():
         folder = Path(snapshot_download(source["path"], revision=source.get("revision"), local_files_only=True))
-    return weights_in(folder / component, source.get("variant"))
+    return weights_in(folder / component, source.get("variant")) or weights_in(folder / component)

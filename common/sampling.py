@@ -30,7 +30,8 @@ def read_prompts_file(path, flag="--prompts_file", column=None):
         if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
             prompts = [record_captions(record, column, where)[0] for where, record in read_records(path)]
         else:
-            prompts = [line.strip() for line in read_text(path).rstrip().splitlines()]
+            lines = re.split(r"\r\n|\r|\n", read_text(path).rstrip())  # not splitlines, which knows other ends
+            prompts = [line.strip() for line in lines]
     except OSError as error:
         raise UsageError(f"{flag} {path} can't be read ({error.strerror}).") from None
     except DataError as error:

@@ -23,7 +23,7 @@ TITLES = {
     "test_models": "Models and LoRAs",
     "test_data_faults": "Data",
     "test_results": "Results",
-    "test_mistakes": "Flags",
+    "test_stays": "What works with what people have",
 }
 
 

@@ -100,8 +100,8 @@ def test_an_empty_caption_means_the_same_in_every_format(tmp_path, caplog):
 
 
 def test_prompts_never_move_up(tmp_path, capsys):
-    file = write(tmp_path / "p.txt", "\ufeffa cat\n\na dog\n\n\n".encode())
-    assert read_prompts_file(file) == ["a cat", "", "a dog"]
+    file = write(tmp_path / "p.txt", "\ufeffa\u2028cat\r\n\na dog\n\n\n".encode())
+    assert read_prompts_file(file) == ["a\u2028cat", "", "a dog"]
     assert "1 empty prompts, e.g. line 2" in capsys.readouterr().out
     records = '[{"text": "a cat"}, {"text": "a dog"}]'
     assert read_prompts_file(write(tmp_path / "captions.JSON", records)) == ["a cat", "a dog"]
