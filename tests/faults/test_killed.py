@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -50,13 +51,9 @@ def test_kill_9_anywhere_and_resume(pipelines, uninterrupted, tmp_path, name, ro
         assert code in (0, -signal.SIGKILL), said.read_text()[-2000:]
         check_what_is_visible(run)
         assert max((step for step, _ in checkpoints_in(run)), default=0) >= best, f"round {number}: one was lost"
-        if code == 0:  # it came to its end before the moment: begin again, and know how many there are
+        if code == 0:  # it came to its end before the moment: know how many there are, and take a step back
             operations = int(re.search(r"file operations: (\d+)", said.read_text())[1])
-            for step, checkpoint in checkpoints_in(run):
-                if step > 2:
-                    for file in checkpoint.iterdir():
-                        file.unlink()
-                    checkpoint.rmdir()
+            shutil.rmtree(checkpoints_in(run)[-1][1])
     process, said = start(tmp_path, name, arguments, kill_at=-1, after_ms=0, within=str(folder))
     assert process.wait() == 0, said.read_text()[-2000:]
     assert_same(name, folder, uninterrupted(name))
