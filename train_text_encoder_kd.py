@@ -36,7 +36,7 @@ from common.judging.previews import preview
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import latent_shape, load_frozen, load_unet, set_up
+from common.pipelines import latent_shape, load_frozen, load_unet, load_whole, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler
@@ -217,14 +217,9 @@ def teach(teacher, unet, input_ids, z, timesteps, conditioning):
 
 def make_student(args, run, teacher, tokenizer, dataset):
     """The student, TextStates in fp32 on the run's device, of the teacher's weights as they are stored."""
-    source = type(teacher.encoder).from_pretrained(
-        args.pretrained_model_name_or_path,
-        subfolder=args.text_encoder,
-        revision=args.revision,
-        variant=args.variant,
-        dtype=torch.float32,
-        use_safetensors=True,
-    )
+    path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    where = f"--pretrained_model_name_or_path {path}"
+    source = load_whole(type(teacher.encoder), path, where, args.text_encoder, dtype=torch.float32, **origin)
     sizes, sdxl = [getattr(args, size) for size in SIZES], teacher.penultimate
     student = TextStates(shrink_text_encoder(source, *sizes, penultimate=sdxl), sdxl)
     if args.hidden_size < source.config.hidden_size:

@@ -18,6 +18,7 @@ from common.conditioning import decode_latents, predict
 from common.diffusion import NoiseSchedule
 from common.errors import ModelError
 from common.hooks import FeatureTap
+from common.pipelines import load_whole
 
 R1_SIGMA = 0.01  # of the noise that R1 by finite differences adds to the features
 
@@ -66,12 +67,9 @@ class Dinov2Features:
     depths = 4
 
     def __init__(self, path, resolution, device, dtype):
-        try:
-            self.model = Dinov2Model.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            said = str(error).splitlines()[0]
-            raise ModelError(f"--feature_model_name_or_path {path}: the model does not load ({said})") from None
-        self.model.to(device).eval().requires_grad_(False)
+        where = f"--feature_model_name_or_path {path}"
+        self.model = load_whole(Dinov2Model, path, where, dtype=dtype)
+        self.model.to(device).requires_grad_(False)
         config = self.model.config
         self.patch, self.resolution, self.width = config.patch_size, resolution, config.hidden_size
         layers = config.num_hidden_layers

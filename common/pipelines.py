@@ -128,25 +128,26 @@ def component_class(path, name, revision=None):
     return found
 
 
-def load_part(kind, path, name, where, **options):
-    """A model of a pipeline, in eval mode, every tensor of which comes from its files.
+def load_whole(kind, path, where, subfolder="", **options):
+    """A model in eval mode, every tensor of which comes from its safetensors files.
 
-    kind: its class. Raises ModelError, which names the folder and a tensor, where some are missing or too many: a
-    library would fill in random ones, or leave some out.
+    kind: its class; path, or subfolder of it: where it lies. Raises ModelError, which names the folder and a tensor,
+    where some are missing or too many: a library would fill in random ones, or leave some out.
     """
+    name = f"{subfolder}/" if subfolder else "the model"
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        module, info = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **options)
+        module, info = kind.from_pretrained(path, subfolder=subfolder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ModelError(f"{where}: {name}/ does not load ({first_line(error)}).") from None
+        raise ModelError(f"{where}: {name} does not load ({first_line(error)}).") from None
     problems = {"lacks": "missing", "has another shape of": "mismatched", "has no place for": "unexpected"}
     for problem, field in problems.items():
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{field}_keys") or ())
         keys = [key for key in keys if not key.endswith("position_ids")]  # of older files, and made anew
         if keys:
-            files = ", ".join(file.name for file in weights_in(Path(path) / name, options.get("variant")))
-            raise ModelError(
-                f"{where}: {name}/ {problem} {len(keys)} tensors, e.g. {keys[0]} ({files or 'its weights'})."
-            )
+            files = ", ".join(file.name for file in weights_in(Path(path) / subfolder, options.get("variant")))
+            said = f"{name} {problem} {len(keys)} tensors, e.g. {keys[0]} ({files or 'its weights'})"
+            raise ModelError(f"{where}: {said}.")
     return module.eval()
 
 
@@ -163,7 +164,7 @@ def load_parts(path, where, **options):
             raise ModelError(f"{where}: model_index.json names a {entry[1]} of {entry[0]}, which is not known.")
         if issubclass(kind, torch.nn.Module):
             variant = options.get("variant") if weights_in(Path(path) / name, options.get("variant")) else None
-            parts[name] = load_part(kind, path, name, where, **{**options, "variant": variant})
+            parts[name] = load_whole(kind, path, where, name, **{**options, "variant": variant})
     return parts
 
 
@@ -191,9 +192,9 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
         known = inspect.signature(pipeline_class).parameters
         parts = {name: part for name, part in parts.items() if name in known}
         pipeline = pipeline_class.from_pretrained(folder, **parts, **options)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{where}: the pipeline does not load ({first_line(error)})") from None
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
@@ -236,7 +237,7 @@ def load_unet(args, student_model=None):
     path = student_model or args.pretrained_model_name_or_path
     where = f"{'--student_model' if student_model else '--pretrained_model_name_or_path'} {path}"
     kind = component_class(path, "unet", origin.get("revision")) or UNet2DConditionModel
-    return load_part(kind, path, "unet", where, dtype=torch.float32, use_safetensors=True, **origin)
+    return load_whole(kind, path, where, "unet", dtype=torch.float32, **origin)
 
 
 def set_up(module, args, *more):

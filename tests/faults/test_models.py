@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import read_json, run_in_process, save_random_lora
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from launching import each, error_of, flags, quick
+from launching import each, error_of, flags, quick, see_with
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import inference
 import prepare_unet_small
+import train_add
 import train_flash_lora
 import train_guided
 from common.pipelines import load_pipeline
@@ -171,6 +172,15 @@ def test_a_relative_path_can_be_followed_from_elsewhere(pipelines, tmp_path, mon
     monkeypatch.chdir("/")
     judged = ["--clip_model", "none", "--reader", "none", "--output_dir", tmp_path / "o", "--steps", 1]
     run_in_process(inference, "--lora_path", tmp_path / "run/lora/final", "--prompt", "a ring", *judged)
+
+
+@pytest.mark.fault("tensors of a discriminator's DINOv2 missing", "refused in a sentence")
+def test_a_feature_network_is_whole(pipelines, dinov2, tmp_path, capsys):
+    torn = Path(shutil.copytree(dinov2, tmp_path / "dinov2"))
+    reweigh(torn / "model.safetensors", without("layer.1"))
+    arguments = quick(pipelines, tmp_path / "run", "--num_inference_steps", 2, *see_with(torn), steps=1)
+    error = error_of(train_add, arguments, capsys)
+    assert f"--feature_model_name_or_path {torn}: the model lacks" in error and "layer.1" in error
 
 
 # LoRAs
