@@ -196,11 +196,29 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
         raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{where}: the pipeline does not load ({first_line(error)})") from None
+    check_tokenizers(pipeline, where)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_tokenizers(pipeline, where):
+    """ModelError where a tokenizer makes more of a caption than its text encoder has embeddings or positions for."""
+    for name, tokenizer in pipeline.components.items():
+        encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
+        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        embedded = encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embedded:
+            raise ModelError(f"{where}: {name}/ has {len(tokenizer)} tokens, and its text encoder embeds {embedded}.")
+        positions = getattr(encoder.config, "max_position_embeddings", None)
+        if positions is not None and tokenizer.model_max_length > positions:
+            raise ModelError(
+                f"{where}: {name}/tokenizer_config.json has no model_max_length, or one of more than the {positions} "
+                "tokens that its text encoder reads."
+            )
 
 
 def default_guidance(path, revision=None):

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from common import shapes
 from common.data import to_square
+from common.data_formats import files_in
 from common.errors import UsageError
 from common.images import IMAGE_EXTENSIONS, ImageError, open_image
 from common.judging import metrics
@@ -41,8 +42,12 @@ def image_files(folder):
     def natural_order(file):
         return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
-    files = [file for file in Path(folder).iterdir() if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
-    return sorted((file for file in files if not file.name.startswith(".")), key=natural_order)
+    images = [file for file in files_in(folder) if file.suffix.lower()[1:] in IMAGE_EXTENSIONS]
+    files = [file for file in images if file.parent == Path(folder)]
+    if len(files) < len(images):
+        below = next(file for file in images if file.parent != Path(folder))
+        print(f"{folder}: {len(images) - len(files)} images in its folders are not taken, e.g. {below}.", flush=True)
+    return sorted(files, key=natural_order)
 
 
 def open_file(file):

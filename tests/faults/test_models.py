@@ -12,6 +12,7 @@ from conftest import read_json, run_in_process, save_random_lora
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from launching import each, error_of, flags, quick, see_with
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 import evaluate
 import inference
@@ -42,6 +43,12 @@ def with_stranger(tensors):
 def other_unet(model, **changes):
     config = {**UNet2DConditionModel.load_config(model / "unet"), **changes}
     UNet2DConditionModel.from_config(config).save_pretrained(model / "unet")
+
+
+def more_tokens(model):
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    tokenizer.add_tokens(["<cat-toy>"])
+    tokenizer.save_pretrained(model / "tokenizer")
 
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -82,6 +89,11 @@ MODELS = {  # what is wrong: (what spoils the folder of a model, words of the se
     "sample_size null": (lambda m: edit(m / "unet/config.json", sample_size=None), "has no sample_size: give --resol"),
     "sample_size of a rectangle": (lambda m: edit(m / "unet/config.json", sample_size=[8, 12]), "only squares"),
     "sample_size as text": (lambda m: edit(m / "unet/config.json", sample_size="8"), "sample_size '8', which is no"),
+    "more tokens than the text encoder embeds": (more_tokens, "its text encoder embeds"),
+    "a tokenizer that does not say how long a caption is": (
+        lambda m: edit(m / "tokenizer/tokenizer_config.json", model_max_length="DROP"),
+        "has no model_max_length",
+    ),
     "model_index.json cut": (lambda m: (m / "model_index.json").write_text('{"_class'), "can't be read"),
     "another pipeline": (
         lambda m: edit(m / "model_index.json", _class_name="StableDiffusionInpaintPipeline"),

@@ -179,6 +179,9 @@ def test_mixed_sizes_are_judged_and_a_cut_image_is_named(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a ring\na cross\na square\n")
     run_in_process(evaluate, *given)
     assert read_json(tmp_path / "out/results.json")["configurations"][0]["clip_score"] >= 0
+    write(tmp_path / "images/more/4.png", image_bytes())
+    run_in_process(evaluate, *given)
+    assert "1 images in its folders are not taken, e.g." in capsys.readouterr().out
     (tmp_path / "images/1.png").write_bytes(image_bytes(size=(64, 64))[:40])
     assert "1.png can't be read as an image" in error_of(evaluate, given, capsys)
 
