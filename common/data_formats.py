@@ -223,7 +223,7 @@ def _read_coco(folder, annotations, notes):
                 captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
             images = [(image["id"], image["file_name"]) for image in content["images"]]
         except (KeyError, TypeError) as error:
-            raise DataError(
+            raise Unusable(
                 f"{path} is no file of COCO captions ({type(error).__name__}: {first_line(error)})."
             ) from None
         split = path.stem.removeprefix("captions_")
@@ -303,17 +303,15 @@ def _read_rows(root, paths, images, args, needs_images, notes):
     for path in paths:
         records = _parquet_records(path) if path.suffix.lower() == ".parquet" else read_records(path)
         for where, record in records:
-            captions, image = record_captions(record, args.caption_column, where, notes), None
-            if needs_images:
-                present = record if isinstance(record, dict) else {}
-                named = [name for name in columns if present.get(name)]
-                if not named and present.keys() <= {args.caption_column, *CAPTION_COLUMNS}:
-                    raise Unusable(f"{path} holds captions without images, and this method trains on images.")
-                if not named:
-                    wanted, has = " or ".join(columns[:2]), ", ".join(map(str, present))
-                    raise DataError(f"{where} has no column {wanted} with a path; it has {has} (see --image_column).")
-                image, exists = find_image(root, (path.parent,), record[named[0]])
-                missing += [] if exists else [image]
+            try:
+                captions, image = record_captions(record, args.caption_column, where, notes), None
+                if needs_images:
+                    image, exists = find_image(root, (path.parent,), _named_image(record, columns, args, where))
+                    missing += [] if exists else [image]
+            except DataError as error:
+                if samples:
+                    raise
+                raise Unusable(str(error)) from None  # the first row: the table is one of something else
             samples.append((image, None, None, captions))
     if missing and too_many(len(missing), len(samples)):
         raise DataError(
@@ -326,6 +324,18 @@ def _read_rows(root, paths, images, args, needs_images, notes):
         if strangers:
             notes.add(f"images are not named in {paths[0].name} and are left out", strangers[0], len(strangers))
     return samples, missing
+
+
+def _named_image(record, columns, args, where):
+    """The path of a record's image, of the first of `columns` that has one."""
+    present = record if isinstance(record, dict) else {}
+    named = [name for name in columns if present.get(name)]
+    if not named and present.keys() <= {args.caption_column, *CAPTION_COLUMNS}:
+        raise DataError(f"{where} holds captions without images, and this method trains on images.")
+    if not named:
+        wanted, has = " or ".join(columns[:2]), ", ".join(map(str, present))
+        raise DataError(f"{where} has no column {wanted} with a path; it has {has} (see --image_column).")
+    return present[named[0]]
 
 
 def _parquet_records(path):

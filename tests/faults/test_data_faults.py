@@ -128,6 +128,10 @@ READ = {  # what is there: (how it is made, the captions that are read, what is 
     "what img2dataset writes as files": (img2dataset, ["a", "b"], "00000.parquet has no column of images"),
     "a .tar left beside a good set": (
         lambda d: (jsonl(d, rows_of(["a"])), shard(d, {"0.png": PNG}, "images.tar")), ["a"], "images.tar"),
+    "a table of something else beside pairs": (
+        lambda d: (pairs(d, ["a"]), write(d / "metadata.csv", "id,score\n0,7\n")), ["a"], "has no caption column"),
+    "other annotations in COCO's place, beside pairs": (
+        lambda d: (pairs(d, ["a"]), write(d / "annotations/captions_x.json", "[]")), ["a"], "no file of COCO captions"),
     "images that metadata does not name": (
         lambda d: (jsonl(d, rows_of(["a"])), write(d / "stray.png", PNG)), ["a"], "stray.png"),
     "COCO in images/train2017/": (
