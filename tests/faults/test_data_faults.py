@@ -131,7 +131,7 @@ READ = {  # what is there: (how it is made, the captions that are read, what is 
     "a table of something else beside pairs": (
         lambda d: (pairs(d, ["a"]), write(d / "metadata.csv", "id,score\n0,7\n")), ["a"], "has no caption column"),
     "other annotations in COCO's place, beside pairs": (
-        lambda d: (pairs(d, ["a"]), write(d / "annotations/captions_x.json", "[]")), ["a"], "no file of COCO captions"),
+        lambda d: (pairs(d, ["a"]), write(d / "annotations/captions_x.json", "[]")), ["a"], "no file of COCO"),
     "images that metadata does not name": (
         lambda d: (jsonl(d, rows_of(["a"])), write(d / "stray.png", PNG)), ["a"], "stray.png"),
     "COCO in images/train2017/": (
@@ -185,7 +185,7 @@ REFUSED = {  # what is wrong: (how it is made, words of the sentence)
         "none of its 2 images exists, e.g. .*val2017/7.png"),
     "COCO annotations without captions": (
         lambda d: write(d / "annotations/captions_val2017.json", '{"images": [], "annotations": [{"image_id": 1}]}'),
-        "captions_val2017.json is no file of COCO captions"),
+        "captions_val2017.json is no file of COCO"),
     "an image path that leads outside": (
         lambda d: write(d / "metadata.jsonl", '{"file_name": "../../etc/passwd", "text": "a"}'), "leads outside of"),
     "an empty shard among others": (lambda d: (shard(d), write(d / "1.tar", b"")), "1.tar can't be read"),
