@@ -6,9 +6,10 @@
     width        the whole UNet becomes narrower, which a stock config can say (as prepare_unet_small.py does)
 
 What the layers write to keeps its width (but for `width`), so LoRAs for the original still fit or can be converted.
-Which channels go: those of least L1 or L2 norm, or by --importance taylor the second-order term of the distillation
-loss with a gate on each; what stays stands in for what goes by least squares on calibration captions. --sensitivity
-measures what each layer's loss does to the output, and cuts where it does least, down to --target_bytes, say.
+Which channels go: those of least L1 or L2 norm; by --importance taylor of the second-order term of the distillation
+loss with a gate on each; by reconstruction those that the others can stand in for, one after the other. What stays
+stands in for what goes by least squares on calibration captions. --sensitivity measures what each layer's loss does
+to the output, and cuts where it does least, down to --target_bytes, say.
 
 Recovery is the distillation of train_student_kd.py: the UNet learns from the pipeline that it was cut out of,
 
@@ -77,7 +78,8 @@ def parse_args(argv=None):
     for kind in channels.KINDS:
         of = kind.replace("conv", "convolutional").replace("_", "-")
         add(f"--{kind}_ratio", type=arguments.fraction, help=f"of the {of} layers of the UNet or transformer instead")
-    add("--importance", choices=("l1", "l2", "taylor"), default="taylor", help="what says which channels matter")
+    importance = ("l1", "l2", "taylor", "reconstruction")
+    add("--importance", choices=importance, default="taylor", help="what says which channels matter")
     add("--no_compensation", action="store_true", help="do not let what stays stand in for what goes")
     add("--sensitivity", action="store_true", help="cut where the output suffers least: as much as the ratios in all")
     add("--target_parameters", type=arguments.amount, help="--sensitivity, down to so many: 60%%, 500M")
@@ -141,6 +143,8 @@ def check_arguments(args):
     args.sensitivity = args.sensitivity or bool(args.target_bytes or args.target_parameters)
     if args.sensitivity and args.method not in ("structured", "heads"):
         raise UsageError(f"--sensitivity and targets are about --method structured and heads, not {args.method}.")
+    if args.importance == "reconstruction" and args.no_compensation:
+        raise UsageError("--importance reconstruction is about what can be stood in for: leave out --no_compensation.")
     if args.pattern == "2:4" and args.method != "magnitude":
         raise UsageError("--pattern 2:4 is about --method magnitude.")
     if "int8" in (args.export or ()):

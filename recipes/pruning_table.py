@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-COLUMNS = [(importance, steps) for importance in ("l1", "taylor") for steps in (0, 100)]
+IMPORTANCES = {"l1": "L1", "taylor": "Taylor", "reconstruction": "reconstruction"}
+COLUMNS = [(importance, steps) for importance in IMPORTANCES for steps in (0, 100)]
 RATIOS = ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7")
 
 
@@ -23,10 +24,10 @@ def main(args):
         row = by_name[name]
         return f"{row['scene_accuracy']:.3f} [{row['scene_accuracy_low']:.3f}, {row['scene_accuracy_high']:.3f}]"
 
-    heads = ["L1, as it is", "L1, 100 updates", "Taylor, as it is", "Taylor, 100 updates"]
+    heads = [f"{IMPORTANCES[name]}, {f'{steps} updates' if steps else 'as it is'}" for name, steps in COLUMNS]
     print("| ratio | UNet parameters left | UNet MACs left | " + " | ".join(heads) + " |")
     print("|---" * (len(heads) + 3) + "|")
-    print(f"| 0 | 100 % | 100 % | {accuracy('assets')} | | | |")
+    print(f"| 0 | 100 % | 100 % | {accuracy('assets')} " + "| " * len(COLUMNS))
     for ratio in RATIOS:
         report = json.loads((folder / f"l1-{ratio}-0" / "report.json").read_text())
         before, after = (report["components"][name]["unet"] for name in ("tiny-sd", "final"))

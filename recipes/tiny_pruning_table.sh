@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# tiny-sd's UNet pruned at ratios 0.1 to 0.7, by L1 norm and by the Taylor term, as it is and after 100 updates of
-# recovery, judged together: docs/prune_and_quantize.md's table. CAPTIONS=N judges on N held-out captions. Run again to
-# go on where it stopped: a run that has its report is not repeated.
+# tiny-sd's UNet pruned at ratios 0.1 to 0.7, by L1 norm, by the Taylor term and by reconstruction, as it is and after
+# 100 updates of recovery, judged together: docs/prune_and_quantize.md's table. CAPTIONS=N judges on N held-out
+# captions. Run again to go on where it stopped: a run that has its report is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 models=(assets/tiny-sd)
 for ratio in 0.1 0.2 0.3 0.4 0.5 0.6 0.7; do
-    for importance in l1 taylor; do
+    for importance in l1 taylor reconstruction; do
         for steps in 0 100; do
             name="$importance-$ratio-$steps"
             models+=("outputs/pruning_table/$name/final")

@@ -52,6 +52,7 @@ MISTAKES = [  # kind of pipeline, flags, what is said
     ("sd", ["--calibration_prompts", "{folder}/none.txt"], "--calibration_prompts {folder}/none.txt can't be read"),
     ("int8", [], "its weights are quantized, INT8 (torchao), and can't be pruned"),
     ("packed", [], "its weights are packed, 4-bit (svdquant), and can't be pruned"),
+    ("sd", ["--importance", "reconstruction", "--no_compensation"], "leave out --no_compensation"),
     ("pickle.bin", [], "it is a pickle, which is never opened"),
     ("pickle.ckpt", [], "it is a pickle, which is never opened"),
 ]

@@ -1,6 +1,7 @@
 """Pruning: what goes and what stays, by hand; importance, compensation, budgets; every kind of model and way back."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,52 @@ def test_compensation_recovers_channels_that_are_copies_of_others():
     torch.testing.assert_close(x @ weight.T + bias, layer(x), atol=0.02, rtol=0.02)
     weight, bias = calibration.stand_in(layer, mean * 0, moment * 0, torch.tensor([0, 1]), torch.tensor([2, 3]))
     assert torch.equal(weight[:, :2], layer.weight[:, :2]), "channels that are always zero are stood in for by none"
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_reconstruction_is_the_order_that_least_squares_find(width):
+    """By brute force: of what is left the unit goes without which the layer's output can be fitted best."""
+    torch.manual_seed(0)
+    units, layer = 5, torch.nn.Linear(5 * width, 7)
+    x = torch.randn(4000, 5 * width, dtype=torch.float64) @ torch.randn(5 * width, 5 * width, dtype=torch.float64)
+    moments = SimpleNamespace(of={"0": (x.mean(0), x.T @ x / len(x))})
+    group = channels.Group("0", "feed_forward", units, width, [("0", 1, 0)])
+    scores = calibration.reconstruction(torch.nn.Sequential(layer), group, moments)
+    centred, left, order = x - x.mean(0), list(range(units)), []
+    target = centred @ layer.weight.detach().double().T
+
+    def error(kept):
+        fitted = centred[:, group.channels(sorted(kept))] if kept else centred[:, :0]
+        return (target - fitted @ torch.linalg.lstsq(fitted, target).solution).norm() if kept else target.norm()
+
+    while left:
+        order.append(min(left, key=lambda unit: error([u for u in left if u != unit])))
+        left.remove(order[-1])
+    assert scores.argsort().tolist()[: units - 1] == order[: units - 1]
+
+
+def test_reconstruction_lets_copies_go_first_however_large():
+    layer, x = torch.nn.Linear(4, 3), torch.randn(500, 3, dtype=torch.float64)
+    x = torch.cat([x, 5 * x[:, :1] + 1], dim=1)
+    layer.weight.data[:, 3] *= 20
+    moments = SimpleNamespace(of={"0": (x.mean(0), x.T @ x / len(x))})
+    group = channels.Group("0", "feed_forward", 4, 1, [("0", 1, 0)])
+    scores = calibration.reconstruction(torch.nn.Sequential(layer), group, moments)
+    assert int(scores.argmin()) in (0, 3) and channels.magnitude(torch.nn.Sequential(layer), group).argmax() == 3
+
+
+@pytest.mark.parametrize("kind", ["sd", "text_encoder", "vae", "flux", "sd3"])
+def test_reconstruction_loses_less_than_the_norm(kind):
+    model, calls = model_and_calls(kind)
+    groups, whole, moments = channels.groups_of(model), outputs(model, calls), calibration.Moments(model, calls)
+    errors = []
+    for score in (channels.magnitude, lambda model, group: calibration.reconstruction(model, group, moments)):
+        kept = {g.name: channels.choose(score(model, g), channels.units_kept(g, 0.5)) for g in groups if g.units > 2}
+        smaller = copy.deepcopy(model)
+        calibration.compensate(smaller, kept, moments)
+        channels.prune(smaller, kept)
+        errors.append((outputs(smaller, calls) - whole).norm())
+    assert errors[1] < errors[0]
 
 
 def test_sensitivity_and_budget():

@@ -4,6 +4,7 @@ The pipeline is sampled once on calibration captions, and the inputs of each mod
 
     importance    the second-order Taylor term of the distillation loss |o - o_T|^2 at the teacher, where the first is
                   zero: with a gate g_u on the channels of unit u, |do/dg_u|^2 = E_r (d<o, r>/dg_u)^2, r ~ N(0, I)
+                  or what the next layers' outputs lose where units go one after the other and the rest stands in
     compensation  the units that stay stand in for those that go: with the least-squares x_gone ~ A x_kept + b the
                   weights that read them become W_kept + W_gone A, and their bias grows by W_gone b
     sensitivity   the relative error |o - o_T| / |o_T| where one group alone is pruned
@@ -19,6 +20,7 @@ from common.compression.channels import choose, cost_of_unit, groups_of, units_k
 
 POSITIONS = 4096  # of one forward that the least squares are taken over: more hardly change them
 RIDGE = 1e-3  # of the least squares, relative to the channels' mean square
+TURNS = 64  # in which the units of a group go, at most: so many at a time
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # at which sensitivity is measured
 
 
@@ -152,6 +154,16 @@ class Moments:
             self.of[name] = (total / count).double().cpu(), (product / count).double().cpu()
 
 
+def centred(layer, mean, moment):
+    """What least squares on a layer's inputs are of: around their mean, for which a bias makes up where it has one."""
+    return moment if layer.bias is None else moment - mean[:, None] * mean[None]
+
+
+def ridge(moment):
+    """A little of the channels' mean square on the diagonal, so that it can be inverted."""
+    return RIDGE * (moment.diagonal().mean() + 1e-12) * torch.eye(len(moment), dtype=torch.float64)
+
+
 def stand_in(layer, mean, moment, kept, gone):
     """(weight, bias) of a layer whose channels `kept` stand in for `gone`, whose columns become zero; in its dtype.
 
@@ -160,10 +172,9 @@ def stand_in(layer, mean, moment, kept, gone):
     """
     weight = layer.weight.detach().double().cpu().clone()
     bias = None if layer.bias is None else layer.bias.detach().double().cpu().clone()
-    moment = moment if bias is None else moment - mean[:, None] * mean[None]
+    moment = centred(layer, mean, moment)
     inner = moment[kept][:, kept]
-    inner = inner + RIDGE * (inner.diagonal().mean() + 1e-12) * torch.eye(len(kept), dtype=torch.float64)
-    solved = torch.linalg.solve(inner, moment[kept][:, gone]).T  # A (gone, kept)
+    solved = torch.linalg.solve(inner + ridge(inner), moment[kept][:, gone]).T  # A (gone, kept)
     weight[:, kept] += torch.einsum("og...,gk->ok...", weight[:, gone], solved)
     if bias is not None:
         rest = mean[gone] - solved @ mean[kept]
@@ -171,6 +182,43 @@ def stand_in(layer, mean, moment, kept, gone):
         bias = bias.to(layer.bias)
     weight[:, gone] = 0
     return weight.to(layer.weight), bias
+
+
+def reconstruction(model, group, moments):
+    """Importance (units,) of a group: the later a unit goes, the higher.
+
+    One after the other those go whose going costs least, in squares of what the layers W that read the group put out,
+    while the rest stands in. With P the inverse of the second moment of what is left, unit u costs
+    tr(W_u P_uu^-1 W_u'), and then W becomes W - W_u P_uu^-1 P_u and P becomes P - P_u' P_uu^-1 P_u: the surgeon's
+    formulas (Hassibi & Stork 1993), a block at a time. moments: Moments of the model.
+    """
+    units, width = group.units, group.width
+    weights, inverses = [], []
+    for name, offset in readers(group):
+        layer, span = model.get_submodule(name), slice(offset, offset + units * width)
+        weight = layer.weight.detach().double().cpu()[:, span]
+        weights.append(weight.movedim(1, -1).reshape(-1, units * width))  # what each output and tap reads of a channel
+        moment = centred(layer, *moments.of[name])[span, span]
+        inverses.append(torch.linalg.inv(moment + ridge(moment)))
+    left, score = torch.ones(units, dtype=torch.bool), torch.zeros(units)
+    while left.any():
+        costs = torch.zeros(units, dtype=torch.float64)
+        for weight, inverse in zip(weights, inverses):
+            blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            by_unit = weight.view(-1, units, width)
+            costs += torch.einsum("ouv,uvw,ouw->u", by_unit, torch.linalg.inv(blocks), by_unit)
+        costs[~left] = float("inf")
+        going = costs.argsort()[: min(-(-units // TURNS), int(left.sum()))]
+        score[going] = torch.arange(len(going), dtype=torch.float) + (units - left.sum())
+        left[going] = False
+        gone = group.channels(going)
+        for weight, inverse in zip(weights, inverses):
+            solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            weight -= weight[:, gone] @ solved
+            inverse -= inverse[:, gone] @ solved
+            weight[:, gone], inverse[gone], inverse[:, gone] = 0, 0, 0
+            inverse[gone, gone] = 1  # of its own, so that the blocks of what has gone can be inverted too
+    return score
 
 
 @contextmanager

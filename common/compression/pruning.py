@@ -6,6 +6,7 @@ model as the round found it: what a resumed run needs to cut again without choos
 """
 
 from accelerate.utils import broadcast, broadcast_object_list
+from tqdm.auto import tqdm
 
 from common.compression import calibration, channels, planning, students
 from common.compression.report import plot_sensitivity
@@ -34,6 +35,13 @@ def choose_units(args, run, pipeline, planned, budget, calls, moments):
         if args.importance == "taylor":
             generator = sample_generator(args.seed, len(run.state["rounds"]), 0, stream="calibration")
             found = calibration.taylor(model, calls[component], generator)
+        elif args.importance == "reconstruction":
+            every = tqdm(channels.groups_of(model), desc="importance", leave=False)
+            found = {
+                group.name: calibration.reconstruction(model, group, moments[component])
+                for group in every
+                if group.kind in kinds
+            }
         else:
             order = 1 if args.importance == "l1" else 2
             found = {group.name: channels.magnitude(model, group, order) for group in channels.groups_of(model)}
