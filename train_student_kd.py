@@ -33,7 +33,6 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
 from common.errors import UsageError
-from common.identity import judges_of
 from common.judging.evaluation import Evaluation, better, check_evaluation
 from common.judging.previews import preview
 from common.lora import trainable
@@ -287,7 +286,7 @@ def judge(args, run, evaluation, pipeline, teacher, samplers, contract):
     known, found = run.state.get("best"), [None, None]
     if run.accelerator.is_main_process:
         figures = evaluation.report(run.accelerator, images, run.step)
-        found = [better(known, figures, run.step, judges_of(args)), figures]
+        found = [better(known, figures, run.step, evaluation.judges), figures]
     run.state["best"], figures = broadcast_object_list(found)
     return figures if run.state["best"] != known else None
 

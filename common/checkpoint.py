@@ -164,10 +164,11 @@ def release_locks():
         file.close()
 
 
-def make_folder(folder, checkpoint):
+def make_folder(folder, checkpoint, resume_from_checkpoint=None):
     """Make the run's folder, without torn saves and without what the run (re)started here will write again.
 
-    A fresh start discards an overwritten run; resuming an older checkpoint discards the later ones. One process only.
+    A fresh start discards an overwritten run; resuming an older checkpoint discards the later ones, but sets those
+    aside that "latest" has passed over: they are damaged, and a person might mend them. One process only.
     """
     folder = Path(folder)
     try:
@@ -182,7 +183,7 @@ def make_folder(folder, checkpoint):
         stale = [path for path in stale if path.name.startswith("checkpoint-")]
         stale = [path for path in stale if not (path / STATE).is_file() or int(path.name[11:]) > resumed]
     for path in stale:
-        if checkpoint and (path / STATE).is_file() and damage_of(path):  # a person might mend it
+        if checkpoint and resume_from_checkpoint == "latest" and (path / STATE).is_file():
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)
@@ -246,11 +247,10 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
         return final
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     failed = None
     try:
-        accelerator.save_state(str(temporary))
+        accelerator.save_state(str(temporary))  # it makes the folder
     except (OSError, RuntimeError, SafetensorError) as error:  # a disk that is full, in the words of three libraries
         failed = f"{type(error).__name__}: {first_line(error)}"
     failed = next((failure for failure in gather_object([failed]) if failure), None)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from common.contract import TINY_SD
+from common.data_formats import files_in
 from common.errors import CheckpointError
 
 # Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
@@ -55,7 +56,7 @@ PLACES = {
     "pretrained_model_name_or_path",
     "student_model",
     "feature_model_name_or_path",
-    "prompts_file",
+    "calibration_prompts",
     *JUDGES,
 }
 SAMPLED = (".safetensors", ".json", ".pth", ".parquet", ".tar")  # of these, bytes too
@@ -84,7 +85,9 @@ def _place(name, value):
 def fingerprint(path):
     """A short hash of what a file or folder holds: names, sizes and, of weights and tables, samples of the bytes."""
     root, digest = Path(path), hashlib.sha256()
-    for file in sorted(_files(root)):
+    for file in [root] if root.is_file() else files_in(root):
+        if not file.is_file() or file.suffix == ".md":  # a link to nowhere; what only people read
+            continue
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode(errors="surrogateescape"))
         if file.suffix.lower() in SAMPLED:
@@ -93,17 +96,6 @@ def fingerprint(path):
                     opened.seek(start)
                     digest.update(opened.read(CHUNK))
     return digest.hexdigest()[:16]
-
-
-def _files(root):
-    """The files of a folder but for hidden ones and what only people read."""
-    if root.is_file():
-        return [root]
-    found = []
-    for where, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(where) / name for name in names if name[0] != "." and not name.endswith((".md", ".lock"))]
-    return [file for file in found if file.is_file()]
 
 
 def check_same(checkpoint, saved, current):

@@ -16,7 +16,9 @@ from common.pipelines import load_unet, with_guidance_input
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)  # of files that are no LoRA
-_FACTOR = re.compile(r"\.lora[._].*$|_lora\.(up|down)\.weight$")
+FACTOR = re.compile(r"(?:\.lora_linear_layer|\.lora|_lora)\.(down|up)(?:\.weight)?$|\.lora_(A|B)\.weight$")
+_PREFIXES = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.)+")
+_PEFT_FIELDS = set(LoraConfig.__dataclass_fields__)
 
 
 def settle_lora(args):
@@ -97,11 +99,11 @@ def merge_lora(pipeline, path):
     pipeline.unload_lora_weights()
 
 
-def read_lora(pipeline, path):
+def read_file(pipeline, path):
     """(tensors, metadata) of a LoRA of a file or folder, with the keys of diffusers or kohya; (None, None): a hub id.
 
     peft's own names, those of a UNet alone and those under diffusion_model. get diffusers' prefix; a file of peft's
-    own has its alpha in the adapter_config.json beside it. Raises UsageError for keys that no rule here knows.
+    own has its alpha in the adapter_config.json beside it. Raises ValueError for keys that no rule here knows.
     """
     if not Path(path).exists():
         return None, None
@@ -113,7 +115,7 @@ def read_lora(pipeline, path):
             plain = _PREFIXES.sub("", key)
             first = plain.partition(".")[0]
             if first in ("input_blocks", "middle_block", "output_blocks"):
-                raise UsageError(
+                raise ValueError(
                     f"it has names of the original Stable Diffusion code ({key}): convert it to diffusers' or kohya's"
                 )
             tensors[f"unet.{plain}" if hasattr(pipeline.unet, first) else plain] = opened.get_tensor(key)
@@ -122,10 +124,6 @@ def read_lora(pipeline, path):
         fields = {key: value for key, value in json.loads(config.read_text()).items() if key in _PEFT_FIELDS}
         metadata = {f"unet.{key}": value for key, value in fields.items()}
     return tensors, metadata
-
-
-_PREFIXES = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.)+")
-_PEFT_FIELDS = set(LoraConfig.__dataclass_fields__)
 
 
 def lora_file(path):
@@ -139,7 +137,7 @@ def lora_file(path):
 
 def lora_tensors(pipeline, path):
     """(tensors, alphas, metadata) of a LoRA as diffusers loads them: the keys of diffusers, or None for alphas."""
-    tensors, metadata = read_lora(pipeline, path)
+    tensors, metadata = read_file(pipeline, path)
     options = {"use_safetensors": True, "unet_config": pipeline.unet.config, "return_lora_metadata": True}
     found, alphas, recorded = pipeline.lora_state_dict(path if tensors is None else tensors, **options)
     return found, alphas, metadata or recorded
@@ -152,7 +150,7 @@ def load_adapter(pipeline, path, name):
         pipeline.load_lora_into_unet(tensors, alphas, pipeline.unet, name, metadata=metadata, _pipeline=pipeline)
     else:
         pipeline.load_lora_weights(path, adapter_name=name, use_safetensors=True)
-    layers = {_FACTOR.sub("", key) for key in tensors if key.startswith("unet.") and _FACTOR.search(key)}
+    layers = {FACTOR.sub("", key) for key in tensors if key.startswith("unet.") and FACTOR.search(key)}
     adapted = [m for m in pipeline.unet.modules() if isinstance(m, BaseTunerLayer) and name in m.lora_A]
     if adapted and len(adapted) < len(layers):
         lost = len(layers) - len(adapted)

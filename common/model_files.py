@@ -13,6 +13,7 @@ from common.errors import ModelError
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no method needs: one may be absent
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONFIGS = {"scheduler": ("scheduler_config.json",)}  # of a part that is no model
+_VARIANT = re.compile(r"model\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors$")
 TOKENIZER = ("tokenizer.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -64,9 +65,6 @@ def check_weights(path, variant, where):
         raise ModelError(f"{where}: {folder.name}/ has no .safetensors weights{said}.")
 
 
-_VARIANT = re.compile(r"model\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors$")
-
-
 def check_inputs(name, unet, vae, where):
     """The UNet's config asks for what the methods give it: noisy latents, timesteps and text.
 
@@ -80,12 +78,10 @@ def check_inputs(name, unet, vae, where):
             f"{said} in_channels {channels}, and the VAE's latents have {latents}: a UNet that is given an "
             "image or a mask beside them, as for inpainting, is not what these methods train."
         )
-    for key, known in (("addition_embed_type", "text_time" if xl else None), ("class_embed_type", None)):
-        if unet.get(key) != known:
+    known = {"addition_embed_type": ["text_time" if xl else None], "encoder_hid_dim_type": [None, "text_proj"]}
+    for key in ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
+        if unet.get(key) not in known.get(key, [None]):
             raise ModelError(f"{said} {key} {unet.get(key)!r}, an input that a {name} is not given.")
-    for key in ("num_class_embeds", "encoder_hid_dim_type"):
-        if unet.get(key) not in (None, "text_proj"):
-            raise ModelError(f"{said} {key} {unet[key]!r}, an input that a {name} is not given.")
 
 
 def native_size(config, part, where):

@@ -33,7 +33,16 @@ from common.compression.quantized_folders import quantization_of, refuse_quantiz
 from common.conditioning import is_sdxl
 from common.diffusion import NoiseSchedule
 from common.errors import ModelError, first_line
-from common.model_files import UNUSED, check_inputs, check_parts, check_place, check_weights, native_size, weights_in
+from common.model_files import (
+    UNUSED,
+    check_inputs,
+    check_parts,
+    check_place,
+    check_weights,
+    native_size,
+    parts_of,
+    weights_in,
+)
 
 PIPELINES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
@@ -154,10 +163,8 @@ def load_whole(kind, path, where, subfolder="", **options):
 def load_parts(path, where, **options):
     """{name: model} of all models of a pipeline's folder, each of which is whole."""
     index, parts = DiffusionPipeline.load_config(path), {}
-    for name, entry in index.items():
-        if name.startswith("_") or name in UNUSED or not isinstance(entry, list | tuple) or entry[1] is None:
-            continue
-        kind = component_class(path, name)
+    for name in parts_of(index):
+        entry, kind = index[name], component_class(path, name)
         if kind is None and entry[0] in ("diffusers", "transformers"):
             kind = getattr(importlib.import_module(entry[0]), entry[1], None)
         if kind is None:

@@ -60,11 +60,11 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     def decide():
         identity = {**identity_of(args), "mixed_precision": accelerator.mixed_precision}
         checkpoint = checkpoints.find_checkpoint(folder, args.resume_from_checkpoint)
-        checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir, args.resume_from_checkpoint)
         if checkpoint:
             checkpoints.check_same_run(checkpoint, identity, global_batch_size)
-        checkpoints.lock_folder(folder)
-        checkpoints.make_folder(folder, checkpoint)
+        checkpoints.lock_folder(folder)  # first: what another run has written by now counts
+        checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir, args.resume_from_checkpoint)
+        checkpoints.make_folder(folder, checkpoint, args.resume_from_checkpoint)
         return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}, identity
 
     checkpoint, saved, identity = on_main_process(accelerator, decide)

@@ -241,15 +241,15 @@ class FakeInception(torch.nn.Module):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The modules that torch.compile traces from here on.
+    """The modules that torch.compile traces and differentiates from here on.
 
-    Without Inductor, which takes minutes to generate its CPU code, or a traced backward, which takes half of the rest.
+    Without Inductor, which takes minutes to generate its CPU code.
     """
     modules, compile = [], torch.nn.Module.compile
 
     def compile_quickly(module):
         modules.append(module)
-        compile(module, backend="eager")
+        compile(module, backend="aot_eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     return modules

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, FakeInception, read_json, run_in_process, save_random_lora
+from conftest import ROOT, FakeInception, launch, read_json, run_in_process, save_random_lora
 from diffusers import DiffusionPipeline
-from launching import error_of, fork_and_wait
+from launching import error_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -246,7 +246,7 @@ def test_two_processes_are_one(root, pipelines, tmp_path):
     ]
     one = run(tmp_path / "one", *flags)
     flags += ["--output_dir", tmp_path / "two/out", "--num_real_images", 6, "--cache_dir", tmp_path / "two/kept"]
-    output = fork_and_wait(tmp_path, ROOT / "evaluate.py", *flags, processes=2)
+    output = launch(ROOT / "evaluate.py", *flags, processes=2).stdout
     two = read_json(tmp_path / "two/out/results.json")
     assert two["processes"] == 2 and output.count("No FID: ") == 1 and output.count("LoRA: rank 2") == 1
     for mine, theirs in zip(one, two["configurations"], strict=True):

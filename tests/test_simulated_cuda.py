@@ -100,17 +100,18 @@ def short_run(pipelines, kind, precision, folder):
 
 
 def scripts_job(pipelines, case, folder):
-    """Two steps and a validation; for SDXL the same run resumed for a third step, and an export."""
+    """Two steps and a validation; then the same run resumed for a third step, and for SDXL an export."""
     script, kind, precision, flags = CASES[case]
     line = [*short_run(pipelines, kind, precision, folder), *flags]
     line += ["--validation_prompts", "a ring", "--validation_steps", 2, "--num_validation_images", 1]
+    export = ["--export", "fp16"] if kind == "sdxl" else []
     if script == "train_progressive":  # 4 -> 2 -> 1 steps; resumed within the second stage
         line += ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 2, "--checkpointing_steps", 3]
-        runs = line, [*line, "--export", "fp16", "--resume_from_checkpoint", "checkpoint-3"]
+        runs = line, [*line, *export, "--resume_from_checkpoint", "checkpoint-3"]
     else:
-        resumed = ["--max_steps", 3, "--export", "fp16", "--resume_from_checkpoint", "latest"]
-        runs = [*line, "--max_steps", 2], [*line, *resumed]
-    return {"script": script, "runs": runs[: 1 + (kind == "sdxl")]}
+        resumed = ["--max_steps", 3, "--resume_from_checkpoint", "latest"]
+        runs = [*line, "--max_steps", 2], [*line, *export, *resumed]
+    return {"script": script, "runs": runs}
 
 
 def steady_job(pipelines, case, folder):
@@ -172,7 +173,7 @@ def test_every_script_meets_every_shape_and_precision():
 def test_trains_validates_resumes_and_exports(reports, case):
     report, folder = reports(case)
     assert report["error"] is None, report["error"]
-    steps = (3, 4) if CASES[case][0] == "train_progressive" else (2, 3)[: 1 + (CASES[case][1] == "sdxl")]
+    steps = (3, 4) if CASES[case][0] == "train_progressive" else (2, 3)
     written = {path.name for path in folder.rglob("*")}
     assert {"final", "step-2.png", *(f"checkpoint-{step}" for step in steps)} <= written
     assert ("final-fp16" in written) == (CASES[case][1] == "sdxl")

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, FakeInception, read_json, run_in_process, save_random_vgg16
+from conftest import ROOT, FakeInception, launch, read_json, run_in_process, save_random_vgg16
 from contract import assert_contract
-from launching import QUICK, SHAPES, assert_same_checkpoints, fork_and_wait, quick, quick_student
+from launching import QUICK, SHAPES, assert_same_checkpoints, quick, quick_student
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -206,7 +206,7 @@ def test_evaluation_in_two_processes_is_that_of_one(pipelines, students, tmp_pat
 
     run_in_process(train_student_kd, *arguments(1))
     one = figures(capsys.readouterr().out)
-    two = figures(fork_and_wait(tmp_path, SCRIPT, *arguments(2), processes=2))
+    two = figures(launch(SCRIPT, *arguments(2), processes=2).stdout)
     assert one == pytest.approx(two, rel=1e-2, abs=1e-3)
     assert best_of(tmp_path / "2/checkpoint-1")["step"] == 1 and (tmp_path / "2/best/model_index.json").is_file()
 

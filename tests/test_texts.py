@@ -181,6 +181,7 @@ def test_every_right_pair_or_a_sentence_that_names_the_file(
             found.setdefault(number_of(image["pixel_values"]), set()).update(dataset.captions(index))
     except DataError as error:
         assert str(root) in str(error) and "\n" not in str(error)
+        assert damage is not None or encoding == "cp1252", error
         return
     clean = {i: caption.strip().replace(newline, "\n") for i, caption in enumerate(captions)}
     if damage is None:

@@ -20,10 +20,9 @@ from common.compression.manifest import MANIFEST, read_manifest
 from common.compression.students import source_of
 from common.contract import read_distillation
 from common.errors import UsageError, first_line
-from common.lora import LOAD_ERRORS, check_lora_path, load_lora, lora_file, lora_tensors
+from common.lora import FACTOR, LOAD_ERRORS, check_lora_path, load_lora, lora_file, lora_tensors
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_FACTOR = re.compile(r"(?:\.lora_linear_layer|\.lora|_lora)\.(down|up)(?:\.weight)?$|\.lora_(A|B)\.weight$")
 _NOT_PLAIN = re.compile(r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid|oft_|lora_embedding|\.bias$|\.diff")
 
 
@@ -49,9 +48,9 @@ def read_lora(pipeline, path, flag="--lora_path"):
     try:
         check_plain(path, where)
         tensors, alphas, metadata = lora_tensors(pipeline, str(path))
+    except UsageError:
+        raise
     except LOAD_ERRORS as error:
-        if str(error).startswith(where):
-            raise
         raise UsageError(f"{where}: it is no LoRA that can be read ({first_line(error)}).") from None
     return layers_of(pipeline, tensors, alphas or {}, metadata or {}, where)
 
@@ -71,12 +70,12 @@ def layers_of(pipeline, tensors, alphas, metadata, where):
     Alpha is the network's, or that of peft's metadata, or else the rank: what diffusers takes.
     """
     factors, found = {"down": {}, "up": {}}, {}
-    alphas = {layer_name(pipeline, _FACTOR.sub("", key.removesuffix(".alpha"))): a for key, a in alphas.items()}
+    alphas = {layer_name(pipeline, FACTOR.sub("", key.removesuffix(".alpha"))): a for key, a in alphas.items()}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
             alphas[layer_name(pipeline, key.removesuffix(".alpha"))] = float(tensor)
             continue
-        match = _FACTOR.search(key)
+        match = FACTOR.search(key)
         name = layer_name(pipeline, key[: match.start()]) if match else ""
         if not name.startswith(tuple(f"{component}." for component in COMPONENTS)):
             raise UsageError(f"{where}: it is no LoRA for a UNet or text encoder (it has {key}).")

@@ -13,6 +13,7 @@ from common import shapes
 from common.conditioning import decode_latents
 from common.data import load_dataset_from_args
 from common.errors import DataError, UsageError
+from common.identity import judges_of
 from common.judging import metrics
 from common.judging.image_sets import real_dataset, real_shapes, sharded
 from common.judging.results import load_judges
@@ -54,6 +55,7 @@ class Evaluation:
         self.count = len(self.captions)
         if not accelerator.is_main_process:
             return
+        self.judges = judges_of(args)
         self.clip, self.reader = load_judges(args.clip_model, None, self.captions, accelerator.device)
         if args.inception_path:
             self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
