@@ -41,6 +41,7 @@ from common.judging import metrics, results
 from common.judging.image_sets import open_file, real_features, sharded, to_pixels
 from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
 from common.judging.previews import image_grid
+from common.lora import lora_file
 from common.model_files import weight_files
 from common.pipelines import keep_vae_right, load_pipeline
 from common.randomness import sample_generator
@@ -202,7 +203,7 @@ def sizes_of(model, pipeline):
     text = counts["text_encoder"] + counts.get("text_encoder_2", 0)
     files = [file for name in parts for file in weight_files(model.pipeline, name)]
     if model.kind == "lora":
-        files.append(Path(model.path) / "pytorch_lora_weights.safetensors")
+        files.append(lora_file(model.path))
     sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
     return dict(zip(SIZES, sizes))
 

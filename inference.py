@@ -49,6 +49,7 @@ from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import check_prompts, default_batch_size, read_prompts_file, sample_timed, slug
 from common.schedulers import ddim_scheduler, list_timesteps, saved_scheduler, scheduler_for, student_scheduler
+from common.single_file import pipeline_folder
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 SCHEDULERS = {
@@ -117,6 +118,7 @@ def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in device, dtype and strength."""
     if args.strength is not None and not args.init_image:
         raise UsageError("--strength is for image-to-image: add --init_image or leave it out.")
+    args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
     args.strength = 0.8 if args.strength is None else args.strength
     if not 0 < args.strength <= 1:
         raise UsageError(f"--strength {args.strength:g} is not in (0, 1].")

@@ -35,6 +35,7 @@ from common.model_files import check_weights
 from common.pipelines import load_pipeline, read_pipeline_config
 from common.randomness import seed_all
 from common.run import run_script
+from common.single_file import pipeline_folder
 
 
 def parse_args(argv=None):
@@ -124,7 +125,8 @@ def print_table(teacher, student, costs, block_map=None):
 def main(args):
     check_arguments(args)
     check_output(args)
-    teacher, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    teacher = pipeline_folder(args.pretrained_model_name_or_path)
+    origin = {"revision": args.revision, "variant": args.variant}
     read_pipeline_config(teacher, args.revision)  # a bad path is said before anything else
     check_weights(teacher, args.variant, f"--pretrained_model_name_or_path {teacher}")
     config = UNet2DConditionModel.load_config(teacher, subfolder="unet", revision=args.revision)

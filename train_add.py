@@ -45,6 +45,7 @@ from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import shorter_schedules, student_scheduler, student_timesteps
 from common.settle import settle
+from common.single_file import pipeline_folder
 
 
 def parse_args(argv=None):
@@ -210,7 +211,7 @@ def check_arguments(args):
 
 def check_models(args):
     """Refuse, from config files alone, a --student_model or a DINOv2 that does not fit the teacher or the flags."""
-    path = args.student_model
+    path = args.student_model = pipeline_folder(args.student_model, "--student_model")
     if path:
         check_compatible(path, "--student_model", args.pretrained_model_name_or_path, args.revision)
         if takes_guidance(path):

@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from common.errors import ModelError, UsageError, first_line
+from common.model_files import file_metadata
 
 TINY_SD = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
 CONTRACT = "distillation.json"
@@ -22,15 +23,16 @@ _ALREADY = {
 
 
 def read_distillation(path):
-    """The distillation.json beside a pipeline or LoRA; without the file (or for a hub id) an ordinary teacher.
+    """The distillation.json beside a pipeline or LoRA, or in one file's header; without one an ordinary teacher.
 
-    Raises ModelError where the file is there and can't be read.
+    Raises ModelError where it is there and can't be read.
     """
     file = Path(path) / CONTRACT
-    if not file.is_file():
+    carried = file_metadata(path).get("distillation")
+    if not file.is_file() and carried is None:
         return {"guidance": "cfg", "guidance_scale": 7.5}
     try:
-        contract = json.loads(file.read_text())
+        contract = json.loads(carried or file.read_text())
         return {**contract, "guidance": contract["guidance"], "guidance_scale": float(contract["guidance_scale"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} can't be read ({type(error).__name__}: {first_line(error)}).") from None

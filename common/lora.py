@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UsageError, first_line
+from common.model_files import file_metadata
 from common.pipelines import load_unet, with_guidance_input
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -116,7 +117,8 @@ def read_file(pipeline, path):
             first = plain.partition(".")[0]
             if first in ("input_blocks", "middle_block", "output_blocks"):
                 raise ValueError(
-                    f"it has names of the original Stable Diffusion code ({key}): convert it to diffusers' or kohya's"
+                    f"it has names of the original Stable Diffusion code ({key}), and not all of this UNet's layers: "
+                    "give the model it was made for"
                 )
             tensors[f"unet.{plain}" if hasattr(pipeline.unet, first) else plain] = opened.get_tensor(key)
     config = file.with_name("adapter_config.json")
@@ -158,7 +160,7 @@ def load_adapter(pipeline, path, name):
 
 
 def check_lora_path(path, flag="--lora_path"):
-    """Whether the LoRA is one of ours (a folder with distillation.json); UsageError where there is no LoRA."""
+    """Whether the LoRA says how it is sampled (distillation.json, or as much in its header); UsageError: no LoRA."""
     where, folder = f"{flag} {path}", Path(path)
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")) or folder.name.startswith("checkpoint-"):
@@ -174,6 +176,7 @@ def check_lora_path(path, flag="--lora_path"):
     if folder.is_file():
         if folder.suffix != ".safetensors":
             raise UsageError(f"{where}: only .safetensors files are loaded.")
+        return "distillation" in file_metadata(path)
     elif not is_hub_id(path):
         raise UsageError(f"{where}: there is no such file or folder, and it is not a hub id (owner/name) either.")
     return False

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 
 from common.errors import ModelError
 
@@ -24,8 +25,8 @@ def check_place(path, where):
         raise ModelError(f"{where}: it is a pickle, which is never opened: take the model's .safetensors files.")
     if folder.is_file():
         raise ModelError(
-            f"{where}: it is one file; make a folder of it, which is what is read, with diffusers: "
-            'StableDiffusionPipeline.from_single_file("file").save_pretrained("folder").'
+            f"{where}: it is one file, and the folder of a pipeline is needed here; --pretrained_model_name_or_path "
+            "takes a .safetensors file of SD1.x, SD2.x or SDXL too."
         )
     if folder.exists() and not (folder / "model_index.json").is_file():
         finals = [str(final) for final in (folder / "final", folder / "lora" / "final") if final.is_dir()]
@@ -94,6 +95,17 @@ def native_size(config, part, where):
     if size is not None and not isinstance(size, int):
         raise ModelError(f"{where}: {part}/config.json has sample_size {size!r}, which is no number.")
     return size
+
+
+def file_metadata(path):
+    """{name: text} in the header of one .safetensors file; {} for anything else, and for one that can't be read."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def weights_in(folder, variant=None):

@@ -22,6 +22,7 @@ from common.contract import CONTRACT, STEPS, parent_source, read_distillation, w
 from common.lora import WEIGHTS, merge_lora, save_lora
 from common.pipelines import load_pipeline
 from common.schedulers import saved_scheduler
+from common.workflows import WORKFLOW, elsewhere, files_of, settings_of, workflow, write_workflow
 
 
 def save_student(run, parts, scheduler, contract, title, notes, name="final", source=None, manifest=None):
@@ -48,6 +49,11 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
                 write_manifest(final, manifest)
             elif not lora:
                 carry_manifest([source or contract["parent"]], final)
+            settings = settings_of(contract)
+            if settings:
+                names = files_of(folder, contract["parent"], lora)
+                write_workflow(final / WORKFLOW, workflow(settings, run.args.resolution, scheduler.config, **names))
+                notes = {**notes, "elsewhere": elsewhere(settings, folder, lora)}
             usage = usage_of(contract, folder, scheduler if lora else None, pruned=is_pruned(pipeline))
             if contract["steps"]:
                 notes = {**notes, "steps": f"{contract['steps']}, at timesteps {contract['timesteps']}"}

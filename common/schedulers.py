@@ -7,6 +7,7 @@ import diffusers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
 from common.errors import UsageError
+from common.model_files import file_metadata
 
 
 def student_scheduler(scheduler, target, num_inference_steps, grid=None):
@@ -79,10 +80,10 @@ def shorter_schedules(scheduler, num_inference_steps):
 
 
 def saved_scheduler(folder):
-    """The scheduler that a LoRA's folder carries."""
-    folder = Path(folder) / "scheduler"
-    kind = getattr(diffusers, json.loads((folder / "scheduler_config.json").read_text())["_class_name"])
-    return kind.from_pretrained(folder)
+    """The scheduler that a LoRA carries: in its folder, or in the header of its one file."""
+    carried = file_metadata(folder).get("scheduler")
+    config = json.loads(carried or (Path(folder) / "scheduler" / "scheduler_config.json").read_text())
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def scheduler_for(saved, contract, steps):

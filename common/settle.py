@@ -12,6 +12,7 @@ from common.errors import UsageError
 from common.lora import settle_lora
 from common.model_files import check_weights
 from common.pipelines import read_pipeline_config, resolution_of
+from common.single_file import pipeline_folder
 
 
 def settle(args, transformers=False, needs_data=True):
@@ -34,6 +35,7 @@ def settle(args, transformers=False, needs_data=True):
         if file not in (None, "download") and not Path(file).is_file():
             raise UsageError(f"--{name} {file}: there is no such file ('download' fetches the weights).")
     use_embedded_default(args, needs_data)
+    args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():  # what is written names it, and is read from elsewhere
         args.pretrained_model_name_or_path = str(path.absolute())

@@ -21,8 +21,10 @@ from common.compression.students import source_of
 from common.contract import read_distillation
 from common.errors import UsageError, first_line
 from common.lora import FACTOR, LOAD_ERRORS, check_lora_path, load_lora, lora_file, lora_tensors
+from common.lora_formats import read_named
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_NUMBERED = re.compile(r"(input_blocks|middle_block|output_blocks)[._]\d")
 _NOT_PLAIN = re.compile(r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid|oft_|lora_embedding|\.bias$|\.diff")
 
 
@@ -41,12 +43,19 @@ class Layer(NamedTuple):
 # Reading
 
 
-def read_lora(pipeline, path, flag="--lora_path"):
-    """{"<component>.<module>": Layer} of a LoRA with the keys of diffusers, peft or kohya. Raises UsageError."""
+def read_lora(pipeline, path, flag="--lora_path", moved=False):
+    """{"<component>.<module>": Layer} of a LoRA with the keys of diffusers, peft, kohya or ComfyUI.
+
+    moved: whether the pipeline's UNet lost blocks, so that numbers of blocks of the original code, by which ComfyUI
+    and kohya's SDXL name layers, are not those of its own. Raises UsageError.
+    """
     where = f"{flag} {path}"
     check_lora_path(path, flag)
     try:
-        check_plain(path, where)
+        check_plain(path, where, moved)
+        named = layers_by_name(pipeline, path)
+        if named:
+            return named
         tensors, alphas, metadata = lora_tensors(pipeline, str(path))
     except UsageError:
         raise
@@ -55,11 +64,33 @@ def read_lora(pipeline, path, flag="--lora_path"):
     return layers_of(pipeline, tensors, alphas or {}, metadata or {}, where)
 
 
-def check_plain(path, where):
-    """UsageError where a file holds more than two factors for each layer; a hub id is not looked into."""
+def layers_by_name(pipeline, path):
+    """{"<component>.<module>": Layer} of a file or folder with kohya's or ComfyUI's names of this pipeline's layers.
+
+    Else None, as for a hub id.
+    """
+    if not Path(path).exists():
+        return None
+    models = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
+    with safe_open(lora_file(path), "pt") as opened:
+        named = read_named(models, {key: opened.get_tensor(key) for key in opened.keys()})
+    return named and {name: Layer(*parts) for name, parts in named.items()}
+
+
+def check_plain(path, where, moved=False):
+    """UsageError where a file holds more than two factors for each layer; a hub id is not looked into.
+
+    And where it numbers blocks as the original code does, and they have `moved`.
+    """
     if Path(path).exists():
         with safe_open(lora_file(path), "pt") as opened:
             strange = next((key for key in opened.keys() if _NOT_PLAIN.search(key)), None)
+            numbered = next((key for key in opened.keys() if _NUMBERED.search(key)), None)
+        if numbered and moved:
+            raise UsageError(
+                f"{where}: it names layers by the original code's blocks ({numbered}), which this model has lost some "
+                "of: export.py --format diffusers, with the model it was made for, gives it names that fit."
+            )
         if strange:
             raise UsageError(f"{where}: it is no plain LoRA (it has {strange}), which is all that can be converted.")
 
@@ -267,7 +298,8 @@ def manifest_of(folder):
 
 def converted(pipeline, path, manifest, flag="--lora_path"):
     """(Layers that fit the pipeline, report) of the LoRA at `path`. Raises UsageError where none fits."""
-    layers, report = convert_lora(read_lora(pipeline, path, flag), layer_shapes(pipeline), manifest)
+    moved = any(name != source for name, source in (manifest.get("block_map") or {}).items())
+    layers, report = convert_lora(read_lora(pipeline, path, flag, moved), layer_shapes(pipeline), manifest)
     if not layers:
         raise UsageError(f"{flag} {path}: none of its layers fits this model ({report['dropped'][0]['why']}).")
     return layers, report
@@ -290,23 +322,28 @@ def summary(report):
 # Loading
 
 
+def lora_config(layers):
+    """peft's LoraConfig of {module: Layer}, each with a rank and an alpha of its own."""
+    first = next(iter(layers.values()))
+    return LoraConfig(
+        r=len(first.down),
+        lora_alpha=first.alpha,
+        target_modules=list(layers),
+        rank_pattern={f"^{re.escape(module)}": len(layer.down) for module, layer in layers.items()},
+        alpha_pattern={f"^{re.escape(module)}": layer.alpha for module, layer in layers.items()},
+        inference_mode=True,
+    )
+
+
 def attach(pipeline, layers, name):
     """Put {"<component>.<module>": Layer} on the pipeline as adapter `name`, frozen, in the dtype of its models."""
     for component in COMPONENTS:
         own = {key.removeprefix(f"{component}."): x for key, x in layers.items() if key.startswith(f"{component}.")}
         if not own:
             continue
-        model, first = getattr(pipeline, component), next(iter(own.values()))
-        config = LoraConfig(
-            r=len(first.down),
-            lora_alpha=first.alpha,
-            target_modules=list(own),
-            rank_pattern={f"^{re.escape(module)}": len(layer.down) for module, layer in own.items()},
-            alpha_pattern={f"^{re.escape(module)}": layer.alpha for module, layer in own.items()},
-            inference_mode=True,
-        )
+        model = getattr(pipeline, component)
         with plain_weights([model.get_submodule(module) for module in own]):
-            model.add_adapter(config, name)
+            model.add_adapter(lora_config(own), name)
         state = {f"{module}.lora_A.weight": layer.down for module, layer in own.items()}
         state |= {f"{module}.lora_B.weight": layer.up for module, layer in own.items()}
         set_peft_model_state_dict(model, state, adapter_name=name)
@@ -333,7 +370,8 @@ def plain_weights(layers):
 def load_converted(pipeline, path, model, scale=1.0, fuse=False, flag="--lora_path"):
     """load_lora, on the pipeline of folder or hub id `model`: where that is compressed, converted, and it says how."""
     manifest = manifest_for(path, model, flag)
-    if manifest is None and not any(is_quantized(module) for _, module in modules_of(pipeline)):
+    quantized = any(is_quantized(module) for _, module in modules_of(pipeline))
+    if manifest is None and not quantized and not layers_by_name(pipeline, path):
         load_lora(pipeline, path, scale, flag=flag)
     else:
         layers, report = converted(pipeline, path, manifest or {}, flag)

@@ -12,8 +12,10 @@ from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id
+from common.model_files import file_metadata
 from common.pipelines import read_pipeline_config, resolution_of
 from common.sampling import read_prompts_file
+from common.single_file import pipeline_folder
 
 NUM_IMAGES = 200  # unless the flag, a folder or the captions say otherwise
 
@@ -34,6 +36,7 @@ class Model:
 
 def plan_models(args):
     """The Models, the reference first; prints what each is sampled with. Raises UsageError."""
+    args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
     asked = list(dict.fromkeys(args.models))
     reference = args.reference or asked[0]
     models = [plan_model(path, args) for path in dict.fromkeys([reference, *asked])]
@@ -63,7 +66,8 @@ def plan_models(args):
 
 def plan_model(path, args):
     where, folder = f"--models {path}", Path(path)
-    if not (folder / "model_index.json").is_file() and any(folder.glob("*.safetensors")):
+    carries = "distillation" in file_metadata(path)  # a LoRA in one file, as export.py writes it
+    if carries or not (folder / "model_index.json").is_file() and any(folder.glob("*.safetensors")):
         if not check_lora_path(path, "--models"):
             raise UsageError(
                 f"{where}: a LoRA without distillation.json does not say how it is sampled; inference.py "
@@ -72,6 +76,9 @@ def plan_model(path, args):
         contract = read_distillation(path)
         source = pipeline_source(args, contract, path)
         return plan_sampling(Model(path, "lora", native_size(source, args), source, contract), args)
+    if folder.is_file():
+        path = pipeline_folder(path, "--models")
+        folder = Path(path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         files = image_files(folder)
         if not files:

@@ -129,11 +129,11 @@ def test_a_model_is_whole_or_refused_before_anything_trains(pipelines, tmp_path,
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.fault("a file as the model", "refused, with the way to make a folder of it; a pickle is not opened")
-def test_a_single_file_is_refused_with_a_way_on(pipelines, tmp_path, capsys):
+@pytest.mark.fault("a file as the model", "refused, with what is taken instead; a pickle is not opened")
+def test_a_file_that_is_no_pipeline_is_refused_with_a_way_on(pipelines, tmp_path, capsys):
     shutil.copy(Path(pipelines()) / UNET, tmp_path / "model.safetensors")
     error = error_of(train_guided, with_model(pipelines, tmp_path, tmp_path / "model.safetensors"), capsys)
-    assert "it is one file; make a folder of it" in error and "from_single_file" in error
+    assert "no single file of SD1.x, SD2.x or SDXL: give the folder of a diffusers pipeline" in error
     (tmp_path / "model.ckpt").write_bytes(pickle.dumps({}))
     error = error_of(train_guided, with_model(pipelines, tmp_path, tmp_path / "model.ckpt"), capsys)
     assert "it is a pickle, which is never opened" in error
