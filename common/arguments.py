@@ -189,6 +189,8 @@ def add_checkpoint_arguments(parser, *, output_dir):
     add("--checkpoints_total_limit", type=positive_int, help="keep only the newest so many (default: all)")
     add("--resume_from_checkpoint", help="'latest', checkpoint-N or a path")
     add("--overwrite_output_dir", action="store_true", help="discard the run that the folder holds")
+    add("--push_to_hub", action="store_true", help="at the end upload final/ to the model hub")
+    add("--hub_model_id", help="repository there, owner/name (default: yours, named as the run)")
     return group
 
 

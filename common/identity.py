@@ -39,6 +39,8 @@ FREE_ON_RESUME = {
     "int8_skip",
     "max_skipped_updates",
     "ddp_timeout",
+    "push_to_hub",
+    "hub_model_id",
 }
 # What judges a run from without; a continuation with another judge compares anew from there on.
 JUDGES = (

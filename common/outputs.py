@@ -19,7 +19,7 @@ from common.compression import pruned_models
 from common.compression.manifest import MANIFEST, write_manifest
 from common.compression.quantization import DTYPE, covered_notes, quantize_pipeline, stored_tensors
 from common.contract import CONTRACT, STEPS, parent_source, read_distillation, write_distillation
-from common.lora import WEIGHTS, merge_lora, save_lora
+from common.lora import WEIGHTS, is_hub_id, merge_lora, save_lora
 from common.pipelines import load_pipeline
 from common.schedulers import saved_scheduler
 from common.workflows import WORKFLOW, elsewhere, files_of, settings_of, workflow, write_workflow
@@ -212,7 +212,7 @@ def write_model_card(folder, title, base_model, usage, notes, lora=False):
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft")
     lines = [
         "---",
-        f"base_model: {base_model}",
+        *([f"base_model: {base_model}"] if is_hub_id(base_model) else ()),  # the hub takes nothing else
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         "tags: [diffusers, text-to-image, distillation" + (", lora]" if lora else "]"),
@@ -226,7 +226,7 @@ def write_model_card(folder, title, base_model, usage, notes, lora=False):
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in notes.items()),
+        *(f"| {name} | {value} |" for name, value in {"made from": f"`{base_model}`", **notes}.items()),
         "",
         "Made by:",
         "",

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from common import checkpoint as checkpoints
 from common.errors import CheckpointError, UsageError, UserError, first_line
 from common.hooks import register_checkpoint_hooks
+from common.hub import upload
 from common.identity import identity_of
 from common.randomness import seed_all
 
@@ -323,9 +324,15 @@ class Run:
             )
 
     def end(self, *said, done=True):
-        """Close the bar and the trackers, once everything is written; done: a final/ was, and is named first."""
+        """Close the bar and the trackers, once everything is written; done: a final/ was, and is named first.
+
+        And uploaded, with --push_to_hub: raises UsageError, on every process, where that fails.
+        """
         self.bar.close()
         self.accelerator.print(*[f"Done: {self.folder / 'final'}"] * done, *said)
+        if done and self.args.push_to_hub:
+            where = on_main_process(self.accelerator, lambda: upload(self.folder / "final", self.args.hub_model_id))
+            self.accelerator.print(f"Uploaded: {where}")
         self._leave()
 
     def _leave(self):

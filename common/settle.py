@@ -9,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 
 from common.contract import TINY_SD, comes_from_tiny_sd
 from common.errors import UsageError
+from common.hub import check_hub
 from common.lora import settle_lora
 from common.model_files import check_weights
 from common.pipelines import read_pipeline_config, resolution_of
@@ -45,6 +46,7 @@ def settle(args, transformers=False, needs_data=True):
     args.resolution = resolution_of(args, native_resolution, f"--pretrained_model_name_or_path {teacher}")
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
+    check_hub(args)  # the last: it makes a repository
 
 
 def check_hardware(args):
