@@ -25,7 +25,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "make a model": "prepare_unet_small\nprepare_tiny_sd",
             "fewer steps": "train_flash_lora\ntrain_lcm\ntrain_progressive\ntrain_add",
             "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd\nprune_and_quantize",
-            "use and judge": "inference\nevaluate",
+            "use and judge": "inference\nevaluate\nexport",
         },
     ),
     (
@@ -34,7 +34,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         3.4,
         1.53,
         {
-            "a run": "settle  run\noutputs  sampling",
+            "a run": "settle  run\noutputs  sampling\nsingle_file",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
             "lora_conversion  lora_check",
@@ -46,11 +46,11 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.62,
         1.72,
         {
-            "load and predict": "pipelines  model_files\nconditioning",
+            "load and predict": "pipelines  model_files\nconditioning\noriginal_layout",
             "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
             "quantized_folders",
-            "adapt": "lora  text_encoders\ndiscriminators",
-            "keep": "contract  schedulers\ncheckpoint  identity\nhooks",
+            "adapt": "lora  text_encoders\ndiscriminators\nlora_formats",
+            "keep": "contract  schedulers\ncheckpoint  identity\nhooks  hub  workflows",
         },
     ),
     (
