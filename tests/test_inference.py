@@ -79,6 +79,8 @@ def launched(folders, tmp_path_factory):
             "5",
             "--clip_model",
             str(folders / "clip"),
+            "--preference_model",
+            str(folders / "clip"),
             "--reader",
             str(folders / "reader"),
             "--output_dir",
@@ -156,7 +158,8 @@ def test_csv_and_json_of_a_launch(launched, folders):
     assert [entry["configuration"] for entry in report["configurations"]] == NAMES
     manifest, model = report["manifest"], folders / "assets/tiny-sd"
     assert manifest["seed"] == 5 and manifest["captions"]["count"] == 2
-    assert set(manifest["judges"]) == {"clip", "reader"} and manifest["judges"]["clip"]["image_size"] == 32
+    assert set(manifest["judges"]) == {"clip", "reader", "preference"}
+    assert manifest["judges"]["clip"]["image_size"] == 32
     assert [source["path"] for source in manifest["models"]] == [str(model), str(folders / "final")]
     for source in [*manifest["models"], *manifest["judges"].values()]:
         files = {str(file.relative_to(source["path"])): file for file in Path(source["path"]).rglob("*.safetensors")}
@@ -166,6 +169,24 @@ def test_csv_and_json_of_a_launch(launched, folders):
     for entry, row in zip(report["configurations"], rows[::3]):
         assert entry["seconds_per_image"] == float(row["seconds_per_image"]) and len(entry["per_prompt"]) == 2
         assert len(entry["files"]) == 4 and all((outdir / file).is_file() for file in entry["files"])
+
+
+def test_preference_of_images_over_the_baselines(launched, folders):
+    """Of each image over the baseline's of its caption and noise, though the student is judged before the baseline."""
+    report = read_json(launched[0] / "results.json")
+    assert report["preference_model"] == str(folders / "clip") == report["manifest"]["judges"]["preference"]["path"]
+    judge, captions = ClipJudge(folders / "clip"), [prompt for prompt in PROMPTS for _ in range(2)]
+    tokens, scores = judge.tokenizer(captions, padding="max_length", return_tensors="pt"), []
+    for row in report["configurations"]:
+        pixels = torch.from_numpy(images_of(launched[0], row["configuration"])).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            logits = judge.model(pixel_values=judge.preprocess(pixels), **tokens).logits_per_image
+        scores.append(logits.diagonal())
+        assert row["preference"] == pytest.approx(scores[-1].mean().item(), rel=1e-4)
+        assert row["preference_low"] <= row["preference"] <= row["preference_high"]
+        won = (scores[-1] > scores[0]).double() + (scores[-1] == scores[0]).double() / 2
+        assert row["preference_win"] == won.mean() and (row["role"] != "baseline" or won.mean() == 0.5)
+    assert len({row["preference"] for row in report["configurations"]}) == len(NAMES)
 
 
 def test_student_is_not_the_teacher(launched):
@@ -280,27 +301,6 @@ def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatc
     prompts = [each["prompt"] for each in row["per_prompt"]]
     assert prompts == shapes.held_out_captions(4, "judge") != shapes.held_out_captions(4)
     assert read_json(tmp_path / "results.json")["manifest"]["captions"]["held_out_split"] == "judge"
-
-
-def test_preference_of_the_student_over_the_baseline(folders, tmp_path):
-    """Of each image over the baseline's of its caption and noise; the student is judged before the baseline is."""
-    flags = ["--lora_path", folders / "final", "--prompt", *PROMPTS, "--steps", 1, "--num_images", 2]
-    flags += ["--preference_model", folders / "clip", "--compare_baseline", "--baseline_steps", 1]
-    baseline, undistilled, student = run(folders, tmp_path, *flags)
-    assert baseline["preference_win"] == undistilled["preference_win"] == 0.5  # the same steps, so the same images
-    assert student["preference"] != baseline["preference"] and "clip_score" not in student
-    assert student["preference_low"] <= student["preference"] <= student["preference_high"]
-    judge = ClipJudge(folders / "clip")
-    captions = [prompt for prompt in PROMPTS for _ in range(2)]
-    scores = []
-    for row in (baseline, student):
-        pixels = torch.from_numpy(images_of(tmp_path, row["configuration"])).permute(0, 3, 1, 2) / 127.5 - 1
-        tokens = judge.tokenizer(captions, padding="max_length", return_tensors="pt")
-        with torch.no_grad():
-            logits = judge.model(pixel_values=judge.preprocess(pixels), **tokens).logits_per_image
-        scores.append(logits.diagonal())
-        assert row["preference"] == pytest.approx(scores[-1].mean().item(), rel=1e-4)
-    assert student["preference_win"] == (scores[1] > scores[0]).float().mean()
 
 
 @pytest.fixture(scope="module")
