@@ -133,6 +133,8 @@ def test_the_manifest_is_of_what_was_judged_on_what(root, tmp_path):
     assert changed(*PREFERENCE) == {"judges"}
     Image.new("RGB", (32, 32)).save(tmp_path / "five/8.png")
     assert changed() == {"models"}
+    gone = results.weights_of(str(tmp_path / "gone"))  # while it was judged
+    assert gone["path"] == str(tmp_path / "gone") and gone["sha256"] == {} and gone["problem"]
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):

@@ -139,7 +139,8 @@ def plan_captions(args, models):
         if args.held_out_split != "all":  # of all there may be several images of each
             shapes.check_count("--num_images", args.num_images or 0, args.held_out_split)
         captions = shapes.held_out_captions(split=args.held_out_split)
-        print(f"Captions: held-out ones of shapes, of {len(captions)} (--held_out_split {args.held_out_split}).")
+        named = f"(--held_out_split {args.held_out_split})"
+        print(f"Captions: held-out ones of shapes, of {len(captions)} {named}.", flush=True)
         return captions, None, True
     if pipelines:
         raise UsageError(

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from common import shapes
 from common.contract import TINY_SD
 from common.data_formats import files_in
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 from common.judging import metrics
 
 METRICS = ("clip_score", "r_precision", "scene_accuracy")
@@ -283,21 +283,24 @@ def manifest(device, seed, captions, held_out_split, judges, models):
 
 def weights_of(path, revision=None, variant=None, images=None):
     """{"path", "sha256": {file: hash}} and the rest that is known of a model: the safetensors files at a path or hub
-    id. Of a hub id, `revision` becomes the commit that was read. Of a folder of `images` one hash of all of them."""
-    place = Path(path)
-    if not place.exists():
-        place = Path(snapshot_download(path, revision=revision, local_files_only=True))
-        revision = place.name
-    files = images or ([place] if place.is_file() else [f for f in files_in(place) if f.suffix == ".safetensors"])
-    large = sum(file.stat().st_size for file in files) > 2**30
-    hashes = {}
-    for file in tqdm(files, desc=f"sha256 of {path}", unit="file", disable=not large):
-        stat = file.stat()
-        name = file.name if place.is_file() else file.relative_to(place).as_posix()
-        hashes[name] = _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns)
+    id. Of a hub id, `revision` becomes the commit that was read. Of a folder of `images` one hash of all of them.
+    What can't be read any more is said under "problem": the figures are there, and must not be lost for that."""
+    place, hashes, problem = Path(path), {}, None
+    try:
+        if not place.exists():
+            place = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            revision = place.name
+        files = images or ([place] if place.is_file() else [f for f in files_in(place) if f.suffix == ".safetensors"])
+        large = sum(file.stat().st_size for file in files) > 2**30
+        for file in tqdm(files, desc=f"sha256 of {path}", unit="file", disable=not large):
+            stat = file.stat()
+            name = file.name if place.is_file() else file.relative_to(place).as_posix()
+            hashes[name] = _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError) as error:  # ValueError: of a path that is gone, which is no hub id either
+        problem = first_line(error)
     if images:
-        hashes = {f"{len(images)} images": _digest(hashes)}
-    known = {"path": str(path), "revision": revision, "variant": variant, "sha256": hashes}
+        hashes = {f"{len(hashes)} images": _digest(hashes)}
+    known = {"path": str(path), "revision": revision, "variant": variant, "sha256": hashes, "problem": problem}
     return {name: value for name, value in known.items() if value is not None}
 
 
