@@ -37,7 +37,7 @@ from common import arguments
 from common.compression.lora_conversion import load_converted
 from common.contract import TINY_SD
 from common.errors import UsageError
-from common.judging import metrics, results
+from common.judging import metrics, planning, results
 from common.judging.image_sets import open_file, real_features, sharded, to_pixels
 from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
 from common.judging.previews import image_grid
@@ -85,6 +85,7 @@ def parse_args(argv=None):
     add("--prompts_file", help="captions: a text file with one a line, or captions.json")
     add("--data_dir", help="captions and real images, in any format that training reads")
     add("--dataset_name", help="the same from a `datasets` set, or 'shapes' for the held-out captions and renders")
+    arguments.add_held_out_split(add)
     add("--image_column", help="image column (default: the first that looks like one)")
     add("--caption_column", help="caption column (default: the first that looks like one)")
     add("--caption_template", default="a photo of a {label}", help="caption of a class-label set")
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     add(
         "--num_real_images",
         type=arguments.positive_int,
-        help="the first so many real images (default: 2000 renders; --real_dir's all; else --num_images)",
+        help="the first so many real images (default: the split's renders; --real_dir's all; else --num_images)",
     )
     add("--cache_dir", default="outputs/real_features", help="where features of real images are kept")
     add = parser.add_argument_group("sampling").add_argument
@@ -115,6 +116,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("judges").add_argument
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
     add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
+    arguments.add_preference_model(add)
     add("--inception_path", help="FID: torch-fidelity's Inception weights, a file or 'download' (default: no FID)")
     add("--lpips_trunk_path", help=f"{arguments.LPIPS_HELP} (default: no LPIPS)")
     add = parser.add_argument_group("output").add_argument
@@ -136,6 +138,7 @@ class Judges:
 
     clip: object
     reader: object
+    preference: object
     inception: object
     lpips: object
     device: object
@@ -172,6 +175,7 @@ def load_judges(args, captions, accelerator):
     """The Judges that the flags ask for; a printed line says which are missing. Raises UsageError."""
     device = str(accelerator.device)
     clip, reader = results.load_judges(args.clip_model, args.reader, captions or [""], device)
+    preference = results.load_preference_model(args.preference_model, device)
     networks = {"inception": None, "lpips": None}
     loaders = {
         "inception": (metrics.load_inception, args.inception_path, "--inception_path", "FID"),
@@ -183,7 +187,8 @@ def load_judges(args, captions, accelerator):
             continue
         with accelerator.main_process_first():  # one downloads
             networks[name] = load(path).to(device)
-    return Judges(clip, reader, **networks, device=device)
+        networks[name].path = path
+    return Judges(clip, reader, preference, **networks, device=device)
 
 
 def load_model(model, args, device):
@@ -221,6 +226,9 @@ def judge_batch(images, captions, resolution, judges, reference):
         found["inception"] = metrics.inception_features(judges.inception, pixels)
     if judges.reader:
         found["scene_accuracy"] = metrics.scene_accuracy(judges.reader, pixels, captions).float()
+    if judges.preference:
+        pooled = judges.preference.pooled_features(pixels)
+        found["preference"] = metrics.preference_scores(judges.preference, pooled, captions)
     if judges.lpips:
         others = to_pixels([open_file(file) for file in reference], resolution) if reference else pixels
         with torch.no_grad():
@@ -230,7 +238,7 @@ def judge_batch(images, captions, resolution, judges, reference):
 
 def figures_of(gathered, captions, judges, real):
     """Figures of a configuration with intervals, for results.rows_of: on the main process, from all features."""
-    per_image = {name: gathered[name] for name in ("scene_accuracy", "lpips") if name in gathered}
+    per_image = {name: gathered[name] for name in ("scene_accuracy", "preference", "lpips") if name in gathered}
     if captions and judges.clip:
         per_image.update(metrics.clip_figures(judges.clip, gathered["pooled"], captions))
     figures = {name: metrics.bootstrap_interval(values.double()) for name, values in per_image.items()}
@@ -248,7 +256,7 @@ def jobs_of(num_images, num_captions):
 
 
 def evaluate_model(model, number, args, accelerator, judges, captions, real, reference, done):
-    """Judge every configuration of a model, calling `done(rows, entry)` on the main process after each.
+    """Judge every configuration of a model, calling `done(rows, entry, scores)` on the main process after each.
 
     Returns the reference's files: `reference` where there is one, else those of the first configuration.
     """
@@ -326,27 +334,18 @@ def evaluate_model(model, number, args, accelerator, judges, captions, real, ref
                     "scheduler": type(pipeline.scheduler).__name__ if pipeline else None,
                     "files": list(map(str, files[:limit])),
                 },
+                figures["per_image"].get("preference"),
             )
         reference = reference or files
         columns["role"] = "model"
     return reference
 
 
-def short_names(models):
-    """What a picture has room for: the last part of each path that is not "final", or two, or the whole path."""
-    parts = [[part for part in Path(model).parts if part != "final"] for model in models]
-    for length in (1, 2):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(set(models)):
-            return names
-    return models
-
-
 def write_pictures(output, runs, captions):
     """grid.png, and the plots that these runs give something to draw for."""
     side = (max(entry["resolution"] for _, entry in runs),) * 2
     shown = [[ImageOps.fit(open_file(file), side) for file in entry["files"][:GRID_IMAGES]] for _, entry in runs]
-    names = short_names([entry["model"] for _, entry in runs])
+    names = results.short_names([entry["model"] for _, entry in runs])
     heads = [f"{name[-16:]} {rows[0].get('steps', '')}".strip() for name, (rows, _) in zip(names, runs)]
     image_grid([list(row) for row in zip(*shown)], captions, heads).save(output / "grid.png")
     sampled = [{**rows[0], "model": name} for name, (rows, _) in zip(names, runs) if "steps" in rows[0]]
@@ -370,6 +369,8 @@ def main(args):
         raise UsageError("There is one caption, and statistics need two images at least: add --num_images.")
     check_captions(captions, models, args.num_images)
     captions = captions and captions[: args.num_images]
+    if args.preference_model and not captions:
+        raise UsageError("--preference_model needs captions: add --prompts_file, --data_dir or --dataset_name.")
     real = plan_real_images(args, dataset, drawn, models[0].resolution)
     output = Path(args.output_dir)
     for model in models:
@@ -379,7 +380,7 @@ def main(args):
     if real:
         results.make_outdir(args.cache_dir, "--cache_dir")
     judges = load_judges(args, captions, accelerator)
-    if not any((judges.clip and (captions or real), judges.reader, judges.inception, judges.lpips)):
+    if not any((judges.clip and (captions or real), judges.reader, judges.preference, judges.inception, judges.lpips)):
         if all(model.kind == "images" for model in models):
             raise UsageError(
                 "There is nothing to measure: name judges (--clip_model, --inception_path, "
@@ -402,16 +403,21 @@ def main(args):
                 "equally many only.",
                 flush=True,
             )
-    runs, reference = [], None  # (rows, entry) of each configuration
+    runs, scores, reference = [], [], None  # (rows, entry) of each configuration, and its images' preference
+    split = args.held_out_split if drawn else None
+    networks = {name: judge for name, judge in vars(judges).items() if name != "device"}
     if accelerator.is_main_process:
         results.begin(output)
     accelerator.wait_for_everyone()
 
-    def done(rows, entry):
+    def done(rows, entry, preferred):
         runs.append((rows, entry))
+        scores.append(preferred)
         results.add_ratios([rows for rows, _ in runs])
+        results.add_wins([rows for rows, _ in runs], scores)
+        device, sources = str(accelerator.device), planning.sources_of(models, [entry["model"] for _, entry in runs])
         report = {
-            **results.circumstances(str(accelerator.device)),
+            "manifest": results.manifest(device, args.seed, captions or [], split, networks, sources),
             "processes": accelerator.num_processes,
             "arguments": vars(args),
             "real_images": real and {**real.identity, "count": real.count},

@@ -22,7 +22,8 @@ noise in every configuration. In --output_dir:
 
 Time is per image of batches of --batch_size, device-synchronised, after a warm-up call: text encoding, UNet and VAE
 decode (without PNG files); `_without_decode` leaves the VAE out. A prompt's time is its share of its batches.
-`speedup` and `_retention` (quality kept) are ratios to the baseline. clip_score is 100 max(0, cos).
+`speedup` and `_retention` (quality kept) are ratios to the baseline. clip_score is 100 max(0, cos), `preference` the
+score of --preference_model, `preference_win` the share of images that it prefers over the baseline's.
 """
 
 import gc
@@ -57,6 +58,7 @@ SCHEDULERS = {
     "lcm50": "LCM on its own grid of 50 timesteps",
     "ddim": "DDIM on trailing timesteps",
 }
+SETTINGS = ("seed", "batch_size", "resolution", "num_images", "clip_model", "preference_model", "negative_prompt")
 GRID_PROMPTS = 8
 MIN_FRECHET_IMAGES = 200
 
@@ -76,10 +78,12 @@ def parse_args(argv=None):
         help="for weights that came without one: lcm or ddim on trailing timesteps (Flash LoRAs), or lcm50 on LCM's "
         "own grid of 50 timesteps (LCM-LoRAs) (default: lcm for an outside LoRA)",
     )
-    add = parser.add_argument_group("prompts").add_mutually_exclusive_group().add_argument
+    group = parser.add_argument_group("prompts")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--prompt", nargs="+", help="one or more prompts (default: prompts/shapes20.txt or prompts/coco20.txt)")
     add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
     add("--held_out_captions", type=arguments.positive_int, help="the first so many held-out captions of shapes")
+    arguments.add_held_out_split(group.add_argument)
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what the student learned)")
     add("--num_images", type=arguments.positive_int, default=1, help="images per prompt")
@@ -100,6 +104,7 @@ def parse_args(argv=None):
     add("--baseline_guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
     add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
+    arguments.add_preference_model(add)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--outdir", default="outputs/inference", help="where images, grids and results go")
     add("--save_images", type=int, help="images saved per configuration (default: all up to 200, else the first 64)")
@@ -116,6 +121,9 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in device, dtype and strength."""
+    if args.held_out_split != "all" and not args.held_out_captions:
+        raise UsageError(f"--held_out_split {args.held_out_split} is about --held_out_captions: add it.")
+    shapes.check_count("--held_out_captions", args.held_out_captions or 0, args.held_out_split)
     if args.strength is not None and not args.init_image:
         raise UsageError("--strength is for image-to-image: add --init_image or leave it out.")
     args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
@@ -204,17 +212,13 @@ def make_plan(args):
 
 def read_prompts(args, plan):
     """The prompts of --prompt, --held_out_captions or --prompts_file, else of the file that suits the model."""
-    if args.prompt:
-        prompts, where = args.prompt, "--prompt"
-    elif args.held_out_captions:
-        prompts, where = shapes.held_out_captions(args.held_out_captions), "--held_out_captions"
-        if len(prompts) < args.held_out_captions:
-            raise UsageError(f"--held_out_captions {args.held_out_captions}: there are {len(prompts)}.")
-    else:
+    if args.held_out_captions:
+        return shapes.held_out_captions(args.held_out_captions, args.held_out_split)
+    if not args.prompt:
         default = "shapes20.txt" if comes_from_tiny_sd(plan.model["path"]) else "coco20.txt"
         return read_prompts_file(args.prompts_file or PROMPTS / default)
-    prompts = [prompt.strip() for prompt in prompts]
-    check_prompts(prompts, where)
+    prompts = [prompt.strip() for prompt in args.prompt]
+    check_prompts(prompts, "--prompt")
     return prompts
 
 
@@ -272,16 +276,8 @@ def teacher_configurations(args, plan, pipeline):
     for role, steps in [("baseline", args.baseline_steps), *(("undistilled", steps) for steps in plan.steps)]:
         scheduler = ddim_scheduler(pipeline.scheduler, steps)
         note = " (undistilled)" if role == "undistilled" else ""
-        found.append(
-            Configuration(
-                f"teacher {steps} steps w={scale:g}{note}",
-                role,
-                steps,
-                scale,
-                scheduler,
-                list_timesteps(scheduler, steps),
-            )
-        )
+        name = f"teacher {steps} steps w={scale:g}{note}"
+        found.append(Configuration(name, role, steps, scale, scheduler, list_timesteps(scheduler, steps)))
     return found
 
 
@@ -339,22 +335,20 @@ def generate(pipeline, configuration, prompts, init_image, args):
     return made
 
 
-def report_of(args, plan, runs):
+def report_of(args, plan, runs, prompts, judges):
     """results.json: the settings, and every configuration with its rows, timesteps and files."""
+    models = [plan.model, *([{"path": args.lora_path}] if args.lora_path else [])]
+    models += [plan.teacher] if runs[0][0].role == "baseline" and plan.teacher != plan.model else []
+    split = args.held_out_split if args.held_out_captions else None
     return {
-        **results.circumstances(args.device),
+        "manifest": results.manifest(args.device, args.seed, prompts, split, judges, models),
         "model": plan.model["path"],
         "revision": plan.model["revision"],
         "variant": plan.model["variant"],
         "lora": args.lora_path,
         "teacher": plan.teacher["path"],
         "dtype": "as saved" if quantization_of(plan.model["path"], plan.model["revision"]) else args.dtype,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "resolution": args.resolution,
-        "num_images": args.num_images,
-        "clip_model": args.clip_model,
-        "negative_prompt": args.negative_prompt,
+        **{name: getattr(args, name) for name in SETTINGS},
         "init_image": args.init_image,
         "strength": args.strength if args.init_image else None,
         "configurations": [
@@ -397,10 +391,12 @@ def main(args):
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)
     clip, reader = results.load_judges(args.clip_model, args.reader, prompts, args.device)
+    preference = results.load_preference_model(args.preference_model, args.device)
+    judges = {"clip": clip, "reader": reader, "preference": preference}
     captions = [prompt for prompt in prompts for _ in range(args.num_images)]
     real = None  # held-out captions are compared with the pictures that were drawn for them
     if clip and args.held_out_captions and len(captions) >= MIN_FRECHET_IMAGES:
-        real = metrics.shapes_real_features(clip)
+        real = metrics.shapes_real_features(clip, split=args.held_out_split)
     results.begin(args.output_dir)
     runs = []  # (Configuration, rows, what was made), the teacher's first
     # The student first: what it lacks shows before the long baseline runs, and its peak memory is its own.
@@ -413,7 +409,7 @@ def main(args):
             teachers = []
             for configuration in configurations(args, plan, pipeline):
                 made = generate(pipeline, configuration, prompts, init_image, args)
-                figures = results.judged(made["images"], captions, clip, reader, real)
+                figures = results.judged(made["images"], captions, clip, reader, real, preference)
                 columns = {
                     "configuration": configuration.name,
                     "role": configuration.role,
@@ -425,11 +421,12 @@ def main(args):
                 rows = results.rows_of(columns, figures, made["seconds"], prompts)
                 made["shown"] = made.pop("images")[: GRID_PROMPTS * args.num_images : args.num_images]
                 (runs if configuration.role == "student" else teachers).append((configuration, rows, made))
-                finished = teachers + runs
-                results.add_ratios([rows for _, rows, _ in finished])
-                results.write_results(
-                    args.output_dir, [rows for _, rows, _ in finished], report_of(args, plan, finished)
-                )
+                finished, made["scores"] = teachers + runs, figures["per_image"].get("preference")
+                table = [rows for _, rows, _ in finished]
+                results.add_ratios(table)
+                results.add_wins(table, [made["scores"] for _, _, made in finished])
+                report = report_of(args, plan, finished, prompts, judges)
+                results.write_results(args.output_dir, table, report)
             runs = teachers + runs
             del pipeline
             gc.collect()

@@ -58,6 +58,7 @@ from common.run import open_run, run_script
 from common.sampling import read_prompts_file
 from common.settle import settle
 
+SPLIT = "choose"  # of the held-out shapes: by its report people choose the next ratio; evaluate.py judges that
 PROMPTS = Path(__file__).parent / "prompts" / "coco20.txt"
 LORA_PROMPTS = 8  # that a LoRA of --lora_dir is tried on
 
@@ -195,7 +196,7 @@ def calibration_captions(args, dataset):
 def judged_captions(args, dataset):
     """The captions that the report judges by, none of which calibrated anything where there are others: a list."""
     if args.dataset_name == "shapes":
-        return shapes.held_out_captions(args.num_eval_images)
+        return shapes.held_out_captions(args.num_eval_images, SPLIT)
     if dataset is None:
         captions = read_prompts_file(PROMPTS)
     else:
@@ -261,6 +262,8 @@ def card_notes(args, run, planned, pipeline):
 def main(args):
     check_arguments(args)
     settle(args, transformers=True, needs_data=bool(args.finetune_steps))
+    if args.dataset_name == "shapes":
+        shapes.check_count("--num_eval_images", args.num_eval_images, SPLIT)
     teacher_path, origin = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
     models = planning.empty_models(teacher_path, args.revision)
     parent = check_parent(args, models)
@@ -404,6 +407,7 @@ def report(args, run, dataset, planned, contract, manifest, pipeline):
         told = {
             "title": f"{args.method.capitalize()} pruning of {args.pretrained_model_name_or_path}",
             "arguments": vars(args),
+            "held_out_split": SPLIT if args.dataset_name == "shapes" else None,
             "layers": {c: layers_kept(entry) for c, entry in manifest["pruned"].items()},
             "sensitivity": run.state.get("errors", {}),
             "sparsity": {c: channels.sparsity(getattr(pipeline, c)) for c in planned} if sparse else {},

@@ -27,7 +27,7 @@ if [ "$BASE" != "$embedded" ]; then
         VAE_PRUNE_RATIO=0.2 LORA_STEPS=800 ROLLOUTS=0 LORA_LR=1e-4 BATCH_SIZE=4 CAPTIONS=200 OUTPUT_DIR=output"
 elif [ "$FULL" = 1 ]; then
     defaults="STUDENT=sd_base STEPS=2000 CLIP_DISTILL_STEPS=2000 RECOVER_STEPS=1000 LR=1e-3 PRUNE_RATIO=0.3
-        VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=2000
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=1500
         OUTPUT_DIR=output/full"
 else
     defaults="STUDENT=sd_base STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=150 LR=1e-3 PRUNE_RATIO=0.3
@@ -80,7 +80,7 @@ source ./setup.sh
 source recipes/common/launch.sh
 mkdir -p "$runs" "$OUTPUT_DIR/fp16" "$OUTPUT_DIR/test_loras"
 echo "$settings" > "$runs/settings"
-data=() captions=()
+data=() captions=(--held_out_split judge)
 if [ -n "$DATA_DIR" ]; then
     data=(--data_dir "$DATA_DIR") captions=(--data_dir "$DATA_DIR")
 fi

@@ -224,6 +224,24 @@ def add_evaluation_arguments(parser):
     return group
 
 
+def add_held_out_split(add):
+    add(
+        "--held_out_split",
+        choices=("choose", "judge", "all"),
+        default="all",
+        help="which held-out captions of shapes: 500 to choose checkpoints and flags by, 1,500 to judge what was "
+        "chosen, or all 2,000",
+    )
+
+
+def add_preference_model(add):
+    add(
+        "--preference_model",
+        help="model of people's preferences, a CLIPModel such as yuvalkirstain/PickScore_v1: folder or hub id "
+        "(default: none)",
+    )
+
+
 def add_runtime_arguments(parser):
     group = parser.add_argument_group("runtime")
     add = group.add_argument

@@ -2,7 +2,8 @@
 
 A scene is one or two objects (shape, colour, size) on a background; two objects stand one above or left of the
 other. A scene has exactly one caption and a caption exactly one scene, so that a generated image can be judged
-attribute by attribute. 2,000 captions are held out by their text: no training index ever draws them.
+attribute by attribute. 2,000 captions are held out by their text: no training index ever draws them. 500 of them are
+for choosing (a checkpoint, a flag), the other 1,500 for judging what was chosen.
 """
 
 import functools
@@ -10,6 +11,8 @@ import hashlib
 import re
 
 import numpy as np
+
+from common.errors import UsageError
 
 IMAGE_SIZE = 32
 
@@ -42,6 +45,8 @@ ATTRIBUTES = {
 SECOND_OBJECT = slice(5, 8)
 
 HELD_OUT_ALONE, HELD_OUT_PAIRS = 100, 1900
+SPLITS = ("choose", "judge", "all")
+CHOOSING = 4  # every so manieth held-out scene, of those with one object and of those with two, is of "choose"
 ALONE_SHARE = 0.15  # of the training scenes
 
 _OBJECT = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
@@ -89,9 +94,31 @@ def _held_out_set():
     return frozenset(held_out_scenes())
 
 
-def held_out_captions(count=None):
-    """The first `count` (default: all 2,000) held-out captions."""
-    return [caption_of(scene) for scene in held_out_scenes()[:count]]
+@functools.cache
+def held_out_indices(split="all"):
+    """Indices of the held-out scenes of a split, in order: a tuple.
+
+    "choose" (25 with one object, 475 with two) is for whatever is chosen by its figures, "judge" (75 and 1,425) for
+    the figures of what was chosen; "all" is both. Which scene is of which does not depend on how many are asked for.
+    """
+    alone, pairs = [], []
+    for index, scene in enumerate(held_out_scenes()):
+        (pairs if scene[1] else alone).append(index)
+    choose = {*alone[::CHOOSING], *pairs[::CHOOSING]}
+    indices = range(len(held_out_scenes()))
+    return tuple(index for index in indices if split == "all" or (index in choose) == (split == "choose"))
+
+
+def held_out_captions(count=None, split="all"):
+    """The first `count` (default: all) held-out captions of a split."""
+    return [caption_of(held_out_scenes()[index]) for index in held_out_indices(split)[:count]]
+
+
+def check_count(flag, count, split):
+    """UsageError, naming the flag, where a split has fewer held-out captions than `count`."""
+    there = len(held_out_indices(split))
+    if count > there:
+        raise UsageError(f"{flag} {count}: there are {there} held-out captions in the split {split!r}.")
 
 
 def random_scene(rng):

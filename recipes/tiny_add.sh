@@ -21,4 +21,4 @@ polish --run_name full
 polish --run_name lambda_only --discriminator_start_step 450
 launch evaluate.py --trained_steps --steps 4 2 1 \
     --models outputs/add/full/final outputs/add/lambda_only/final outputs/add/start/final \
-    --num_images "${CAPTIONS:-2000}" --output_dir outputs/add/evaluation "$@"
+    --held_out_split judge --num_images "${CAPTIONS:-1500}" --output_dir outputs/add/evaluation "$@"

@@ -15,4 +15,4 @@ launch train_progressive.py --start_steps 32 --num_inference_steps 1 --steps_per
 launch evaluate.py --trained_steps --steps 8 4 2 1 --reference_steps 50 --fuse_lora \
     --models assets/tiny-sd outputs/run/lora/final outputs/lcm/final outputs/progressive/stage-{8,4,2,1} \
     outputs/progressive_short/stage-{8,4,2,1} \
-    --num_images "${CAPTIONS:-2000}" --output_dir outputs/comparison "$@"
+    --held_out_split judge --num_images "${CAPTIONS:-1500}" --output_dir outputs/comparison "$@"

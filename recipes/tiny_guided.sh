@@ -9,4 +9,4 @@ launch train_guided.py --guidance fixed --guidance_scale 2 \
     --checkpointing_steps 200 --checkpoints_total_limit 2 \
     --output_dir outputs/guided --resume_from_checkpoint latest "$@"
 launch evaluate.py --models assets/tiny-sd outputs/guided/final \
-    --steps 50 --num_images "${CAPTIONS:-2000}" --output_dir outputs/guided/evaluation
+    --steps 50 --held_out_split judge --num_images "${CAPTIONS:-1500}" --output_dir outputs/guided/evaluation

@@ -14,4 +14,4 @@ for run in aligned random; do
         --output_dir outputs/half_width --resume_from_checkpoint latest "$@"
 done
 launch evaluate.py --models assets/tiny-sd outputs/half_width/aligned/final outputs/half_width/random/final \
-    --steps 25 --num_images "${CAPTIONS:-2000}" --output_dir outputs/half_width/evaluation
+    --steps 25 --held_out_split judge --num_images "${CAPTIONS:-1500}" --output_dir outputs/half_width/evaluation

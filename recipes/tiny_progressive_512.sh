@@ -10,4 +10,4 @@ launch train_progressive.py --start_steps 512 --num_inference_steps 4 --steps_pe
     --output_dir outputs/progressive_512 --resume_from_checkpoint latest "$@"
 launch evaluate.py --trained_steps --fuse_lora --steps 512 256 128 64 32 16 8 4 \
     --models assets/tiny-sd outputs/progressive_512/stage-{256,128,64,32,16,8,4} \
-    --num_images "${CAPTIONS:-128}" --output_dir outputs/progressive_512/evaluation
+    --held_out_split judge --num_images "${CAPTIONS:-128}" --output_dir outputs/progressive_512/evaluation

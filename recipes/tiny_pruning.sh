@@ -13,4 +13,5 @@ prune() {
 prune --run_name uniform "$@"
 prune --run_name sensitivity --sensitivity --export int8 "$@"
 launch evaluate.py --models assets/tiny-sd outputs/pruning/uniform/final outputs/pruning/sensitivity/final \
-    outputs/pruning/sensitivity/final-int8 --steps 25 --num_images "${CAPTIONS:-2000}" --output_dir outputs/pruning/evaluation
+    outputs/pruning/sensitivity/final-int8 --steps 25 --held_out_split judge --num_images "${CAPTIONS:-1500}" \
+    --output_dir outputs/pruning/evaluation

@@ -17,6 +17,6 @@ for ratio in 0.1 0.2 0.3 0.4 0.5 0.6 0.7; do
         done
     done
 done
-python evaluate.py --models "${models[@]}" --steps 10 --num_images "${CAPTIONS:-300}" --save_images 0 \
-    --output_dir outputs/pruning_table/evaluation
+python evaluate.py --models "${models[@]}" --steps 10 --held_out_split judge --num_images "${CAPTIONS:-300}" \
+    --save_images 0 --output_dir outputs/pruning_table/evaluation
 python recipes/pruning_table.py outputs/pruning_table

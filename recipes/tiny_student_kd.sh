@@ -12,4 +12,4 @@ train() {
 train --run_name kd --kd_alpha_end 0.5 "$@"
 train --run_name task_only --kd_weight 0 --feature_weight 0 "$@"
 launch evaluate.py --models assets/tiny-sd outputs/student_kd/kd/final outputs/student_kd/task_only/final \
-    --steps 25 --num_images "${CAPTIONS:-2000}" --output_dir outputs/student_kd/evaluation
+    --steps 25 --held_out_split judge --num_images "${CAPTIONS:-1500}" --output_dir outputs/student_kd/evaluation

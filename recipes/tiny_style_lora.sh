@@ -11,4 +11,4 @@ launch recipes/train_style_lora.py --recolor inverted \
     --batch_size $((32 / processes)) --max_steps 300 --checkpointing_steps 150 --checkpoints_total_limit 2 \
     --output_dir outputs/style_lora --resume_from_checkpoint latest "$@"
 launch evaluate.py --models assets/tiny-sd outputs/style_lora/final \
-    --steps 25 --num_images "${CAPTIONS:-200}" --output_dir outputs/style_lora/evaluation
+    --steps 25 --held_out_split judge --num_images "${CAPTIONS:-200}" --output_dir outputs/style_lora/evaluation

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from launching import error_of
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoTokenizer, CLIPModel
 
 import evaluate
 import inference
@@ -63,13 +65,14 @@ def run(outdir, *flags):
 
 
 SHAPES = ("--dataset_name", "shapes", "--num_images", 5, "--batch_size", 2)
+PREFERENCE = ("--preference_model", ROOT / "assets/tiny-clip")
 
 
 @pytest.fixture(scope="module")
 def judged(root, pipelines, tmp_path_factory):
     """One run over two models at two step counts."""
     outdir = tmp_path_factory.mktemp("judged")
-    return outdir, run(outdir, *SHAPES, "--models", pipelines("sd"), root / "final", "--steps", 1, 2)
+    return outdir, run(outdir, *SHAPES, *PREFERENCE, "--models", pipelines("sd"), root / "final", "--steps", 1, 2)
 
 
 def test_files_and_rows(judged, root, pipelines):
@@ -93,6 +96,63 @@ def test_files_and_rows(judged, root, pipelines):
         assert all(float(line[name]) == row[name] for name in JUDGED) and row["clip_score_low"] <= row["clip_score"]
         assert len(row["files"]) == 5 and all(Path(file).is_file() for file in row["files"])
         assert line["fid"] == line["lpips"] == ""
+
+
+def test_preference_is_transformers_own(judged):
+    """By the model's own logits on the images that were written; wins are counted against the reference's images."""
+    model = CLIPModel.from_pretrained(PREFERENCE[1], dtype=torch.float32)
+    captions = shapes.held_out_captions(5)
+    tokenizer = AutoTokenizer.from_pretrained(PREFERENCE[1])
+    tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=20, return_tensors="pt")
+    scores = []
+    for row in judged[1]:
+        pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in row["files"]]))
+        with torch.no_grad():
+            logits = model(pixel_values=pixels.permute(0, 3, 1, 2) / 127.5 - 1, **tokens).logits_per_image
+        scores.append(logits.diagonal())
+        assert row["preference"] == pytest.approx(scores[-1].mean().item(), rel=1e-4)
+        assert row["preference_low"] <= row["preference"] <= row["preference_high"]
+        assert row["preference_win"] == (0.5 if row is judged[1][0] else (scores[-1] > scores[0]).float().mean())
+
+
+def test_the_manifest_is_of_what_was_judged_on_what(root, tmp_path):
+    def manifest(*more):
+        run(tmp_path, "--dataset_name", "shapes", "--models", tmp_path / "five", "--clip_model", "none", *more)
+        return read_json(tmp_path / "out/results.json")["manifest"]
+
+    shutil.copytree(root / "five", tmp_path / "five")
+    first = manifest()
+    assert manifest() == first and "torch" in first["versions"] and first["captions"]["count"] == 5
+
+    def changed(*more):
+        other = manifest(*more)
+        return {name for name in first if other[name] != first[name]}
+
+    assert changed("--seed", 1) == {"seed"}
+    assert changed("--held_out_split", "judge") == {"captions"}
+    assert changed(*PREFERENCE) == {"judges"}
+    Image.new("RGB", (32, 32)).save(tmp_path / "five/8.png")
+    assert changed() == {"models"}
+    gone = results.weights_of(str(tmp_path / "gone"))  # while it was judged
+    assert gone["path"] == str(tmp_path / "gone") and gone["sha256"] == {} and gone["problem"]
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "common/judging").mkdir(parents=True)
+    file = tmp_path / "common/judging/results.py"
+    file.write_text("")
+    monkeypatch.setattr(results, "__file__", str(file))
+    assert results.commit() is None
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    clean = results.commit()
+    assert len(clean["commit"]) == 40 and clean["changed"] is False
+    (tmp_path / "more").write_text("")  # an output, say
+    assert results.commit() == clean
+    file.write_text("changed")
+    assert results.commit() == {**clean, "changed": True}
+    monkeypatch.setenv("PATH", "")  # no git
+    assert results.commit() is None
 
 
 def test_sizes_and_bytes(judged, root, pipelines):
@@ -176,6 +236,8 @@ def test_keys_of_kept_features(root, tmp_path):
             (first, "b"),
             (other, "a"),
             (image_sets.real_shapes(5), "a"),
+            (image_sets.real_shapes(5, "choose"), "a"),
+            (image_sets.real_shapes(5, "judge"), "a"),
             (image_sets.real_folder(root / "five", 32, 4), "a"),
             (image_sets.real_folder(root / "five", 16), "a"),
         )
@@ -241,6 +303,7 @@ def test_two_processes_are_one(root, pipelines, tmp_path):
         1,
         "--save_images",
         0,
+        *PREFERENCE,
         "--lpips_trunk_path",
         tmp_path / "vgg16.safetensors",
     ]
@@ -250,7 +313,7 @@ def test_two_processes_are_one(root, pipelines, tmp_path):
     two = read_json(tmp_path / "two/out/results.json")
     assert two["processes"] == 2 and output.count("No FID: ") == 1 and output.count("LoRA: rank 2") == 1
     for mine, theirs in zip(one, two["configurations"], strict=True):
-        for name in (*JUDGED, "clip_score_low", "lpips", "lpips_high"):
+        for name in (*JUDGED, "clip_score_low", "preference", "preference_win", "lpips", "lpips_high"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-6), name
         for a, b in zip(mine["files"], theirs["files"], strict=True):
             assert np.abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b))).max() <= 1
@@ -301,7 +364,7 @@ def test_order_of_files_and_jobs(root):
 
 
 def test_short_names():
-    names = evaluate.short_names
+    names = results.short_names
     assert names(["assets/tiny-sd", "out/kd/final", "out/stage-8"]) == ["tiny-sd", "kd", "stage-8"]
     assert names(["a/kd/final", "b/kd/final", "a/kd/final"]) == ["a/kd", "b/kd", "a/kd"]
     assert names(["1/a/kd", "2/a/kd"]) == ["1/a/kd", "2/a/kd"]
@@ -393,6 +456,13 @@ def test_reference_and_trained_steps(root, pipelines, tmp_path):
         (["--outdir", "{root}/one.txt/out"], "--output_dir {root}/one.txt/out can't be made"),
         (["--cache_dir", "{root}/one.txt/out"], "--cache_dir {root}/one.txt/out can't be made"),
         (["--dtype", "fp16"], "needs a GPU"),
+        (["--preference_model", "{root}/nowhere"], "--preference_model: No CLIP judge at '{root}/nowhere'"),
+        (["--models", "{root}/five", "--preference_model", "{clip}"], "--preference_model needs captions"),
+        (["--held_out_split", "choose", "--num_images", "501"], "--num_images 501: there are 500 held-out captions"),
+        (["--held_out_split", "judge", "--num_real_images", "1501"], "(judge): 1501 real images are needed"),
+        (["--held_out_split", "judge", "--prompts_file", "{root}/prompts.txt"], "held-out captions of shapes alone"),
+        (["--held_out_split", "judge", "--models", "{root}/five"], "--held_out_split judge is about the held-out"),
+        (["--held_out_split", "judge", "--models", "{sd}"], "{sd} needs captions: add --prompts_file"),
     ],
 )
 def test_mistakes_are_one_sentence(root, pipelines, tmp_path, capsys, monkeypatch, flags, sentence):

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from common import shapes
 from common.errors import UsageError
-from common.judging.evaluation import better, check_evaluation
+from common.judging.evaluation import Evaluation, better, check_evaluation
 
 
 def test_the_best_without_a_clip_is_the_readers_and_without_any_judge_what_it_was():
@@ -29,3 +30,15 @@ def test_an_evaluation_without_a_judge_is_refused():
         check_evaluation(SimpleNamespace(**{**vars(args), flag: "download"}))
     args.eval_steps = None
     check_evaluation(args)
+
+
+def test_the_best_is_chosen_on_captions_that_judge_nothing_else():
+    args = dict(eval_steps=10, dataset_name="shapes", eval_data_dir=None, num_eval_images=500, clip_model=None)
+    args = SimpleNamespace(**args, inception_path=None, lpips_trunk_path=None, seed=0, resolution=32)
+    check_evaluation(args)
+    evaluation = Evaluation(args, SimpleNamespace(is_main_process=False))
+    judging = shapes.held_out_captions(split="judge")
+    assert len(evaluation.captions) == 500 and not set(evaluation.captions) & set(judging)
+    args.num_eval_images = 501
+    with pytest.raises(UsageError, match="--num_eval_images 501: there are 500"):
+        check_evaluation(args)

@@ -1,6 +1,7 @@
 """inference.py on a tiny pipeline and LoRA of random weights: one real launch, stock diffusers, user's mistakes."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from common import shapes
 from common.contract import write_distillation
 from common.errors import UsageError
 from common.judging import results
-from common.judging.metrics import SceneReader
+from common.judging.metrics import ClipJudge, SceneReader
 from common.randomness import sample_generator
 from common.schedulers import scheduler_for
 
@@ -78,6 +79,8 @@ def launched(folders, tmp_path_factory):
             "5",
             "--clip_model",
             str(folders / "clip"),
+            "--preference_model",
+            str(folders / "clip"),
             "--reader",
             str(folders / "reader"),
             "--output_dir",
@@ -130,7 +133,7 @@ def test_files_of_a_launch(launched):
     assert "Traceback" not in stdout
 
 
-def test_csv_and_json_of_a_launch(launched):
+def test_csv_and_json_of_a_launch(launched, folders):
     outdir, _ = launched
     with open(outdir / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -151,12 +154,39 @@ def test_csv_and_json_of_a_launch(launched):
             kept = float(row["clip_score"]) / float(base["clip_score"])
             assert float(row["clip_score_retention"]) == pytest.approx(kept)
     report = json.loads((outdir / "results.json").read_text())
-    assert report["seed"] == 5 and "torch" in report["versions"] and report["resolution"] == 32
+    assert report["seed"] == 5 and "torch" in report["manifest"]["versions"] and report["resolution"] == 32
     assert [entry["configuration"] for entry in report["configurations"]] == NAMES
+    manifest, model = report["manifest"], folders / "assets/tiny-sd"
+    assert manifest["seed"] == 5 and manifest["captions"]["count"] == 2
+    assert set(manifest["judges"]) == {"clip", "reader", "preference"}
+    assert manifest["judges"]["clip"]["image_size"] == 32
+    assert [source["path"] for source in manifest["models"]] == [str(model), str(folders / "final")]
+    for source in [*manifest["models"], *manifest["judges"].values()]:
+        files = {str(file.relative_to(source["path"])): file for file in Path(source["path"]).rglob("*.safetensors")}
+        hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+        assert source["sha256"] == hashes and hashes
     assert report["configurations"][2]["timesteps"] == [999, 499] and report["configurations"][-1]["steps"] == 2
     for entry, row in zip(report["configurations"], rows[::3]):
         assert entry["seconds_per_image"] == float(row["seconds_per_image"]) and len(entry["per_prompt"]) == 2
         assert len(entry["files"]) == 4 and all((outdir / file).is_file() for file in entry["files"])
+
+
+def test_preference_of_images_over_the_baselines(launched, folders):
+    """Of each image over the baseline's of its caption and noise, though the student is judged before the baseline."""
+    report = read_json(launched[0] / "results.json")
+    assert report["preference_model"] == str(folders / "clip") == report["manifest"]["judges"]["preference"]["path"]
+    judge, captions = ClipJudge(folders / "clip"), [prompt for prompt in PROMPTS for _ in range(2)]
+    tokens, scores = judge.tokenizer(captions, padding="max_length", return_tensors="pt"), []
+    for row in report["configurations"]:
+        pixels = torch.from_numpy(images_of(launched[0], row["configuration"])).permute(0, 3, 1, 2) / 127.5 - 1
+        with torch.no_grad():
+            logits = judge.model(pixel_values=judge.preprocess(pixels), **tokens).logits_per_image
+        scores.append(logits.diagonal())
+        assert row["preference"] == pytest.approx(scores[-1].mean().item(), rel=1e-4)
+        assert row["preference_low"] <= row["preference"] <= row["preference_high"]
+        won = (scores[-1] > scores[0]).double() + (scores[-1] == scores[0]).double() / 2
+        assert row["preference_win"] == won.mean() and (row["role"] != "baseline" or won.mean() == 0.5)
+    assert len({row["preference"] for row in report["configurations"]}) == len(NAMES)
 
 
 def test_student_is_not_the_teacher(launched):
@@ -250,7 +280,7 @@ def test_the_folder_has_an_alias(folders, tmp_path):
 def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatch):
     real_features = inference.metrics.shapes_real_features
     monkeypatch.setattr(inference, "MIN_FRECHET_IMAGES", 4)
-    monkeypatch.setattr(inference.metrics, "shapes_real_features", lambda clip: real_features(clip, count=8))
+    monkeypatch.setattr(inference.metrics, "shapes_real_features", lambda clip, split: real_features(clip, 8, split))
     (row,) = run(
         folders,
         tmp_path,
@@ -260,12 +290,17 @@ def test_held_out_captions_have_a_frechet_distance(folders, tmp_path, monkeypatc
         1,
         "--held_out_captions",
         4,
+        "--held_out_split",
+        "judge",
         "--clip_model",
         folders / "clip",
         "--guidance_scale",
         2,
     )
     assert row["configuration"] == "model 1 steps w=2" and row["frechet_clip"] > 0 and row["images"] == 4
+    prompts = [each["prompt"] for each in row["per_prompt"]]
+    assert prompts == shapes.held_out_captions(4, "judge") != shapes.held_out_captions(4)
+    assert read_json(tmp_path / "results.json")["manifest"]["captions"]["held_out_split"] == "judge"
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +377,13 @@ def test_distilled_pipeline_and_its_parent(folders, baked, tmp_path):
         (["--scheduler", "lcm50", "--steps", "4", "51"], "51 steps are more than the 50"),
         (["--pretrained_model_name_or_path", "{models}/nowhere"], "no such folder"),
         (["--pretrained_model_name_or_path", "{models}/clip"], "model_index.json"),
-        (["--held_out_captions", "2001"], "2000"),
+        (["--held_out_captions", "2001"], "--held_out_captions 2001: there are 2000 held-out captions"),
+        (
+            ["--held_out_captions", "1501", "--held_out_split", "judge"],
+            "there are 1500 held-out captions in the split",
+        ),
+        (["--held_out_split", "judge"], "--held_out_split judge is about --held_out_captions"),
+        (["--preference_model", "{models}/nowhere"], "--preference_model: No CLIP judge at '{models}/nowhere'"),
         (["--lora_scale", "0.5"], "--lora_path"),
         (["--resolution", "33"], "multiple of 8"),
         (["--device", "warp"], "no such device"),

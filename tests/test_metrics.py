@@ -303,6 +303,9 @@ def test_judge_images(judge):
     reader = FakeReader([shapes.scene_of(caption) for caption in captions])
     real = metrics.shapes_real_features(judge, count=70)
     assert real.shape == (70, 16) and torch.equal(real[:3], metrics.shapes_real_features(judge, count=70)[:3])
+    choose = metrics.shapes_real_features(judge, 10, "choose")  # each split's own renders
+    positions = [index for index in shapes.held_out_indices("choose") if index < 70][:10]
+    assert len(positions) == 10 and torch.allclose(choose, real[positions], atol=1e-5)
     pixels = random_pixels(5, size=32)
     row = json.loads(json.dumps(metrics.judge_images(pixels, captions, judge, reader, real)))
     assert list(row) == ["clip_score", "r_precision", "scene_accuracy", "frechet", "per_image"]
@@ -312,6 +315,23 @@ def test_judge_images(judge):
         assert len(values) == 5 and low <= mean <= high and mean == pytest.approx(np.mean(values))
     assert row["frechet"] == pytest.approx(metrics.frechet_distance(real, judge.pooled_features(pixels)))
     assert list(metrics.judge_images(pixels, ["a dog"] * 5, judge)) == ["clip_score", "per_image"]
+
+
+def test_preference_is_the_models_own_scaled_cosine(clip_folder, tmp_path):
+    """As transformers computes it, whose logits PickScore takes; below zero too, where clip_scores end."""
+    model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32)
+    model.logit_scale.data.fill_(1.5)  # nothing like CLIP's 100
+    model.save_pretrained(tmp_path)
+    CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    judge, pixels, captions = ClipJudge(tmp_path), random_pixels(40), shapes.held_out_captions(40)
+    found = metrics.preference_scores(judge, judge.pooled_features(pixels), captions)
+    tokens = judge.tokenizer(captions, padding="max_length", max_length=70, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=pixels, **tokens).logits_per_image
+    torch.testing.assert_close(found, logits.diagonal(), atol=1e-5, rtol=1e-5)
+    assert found.min() < 0 < found.max()
+    with pytest.raises(ValueError, match="got 40 images and 39 captions"):
+        metrics.preference_scores(judge, judge.pooled_features(pixels), captions[1:])
 
 
 def test_lpips_compares_the_same_random_crop_per_sample(monkeypatch):

@@ -50,6 +50,7 @@ MISTAKES = [  # kind of pipeline, flags, what is said
     ("sd", ["--lora_dir", "{folder}/nowhere"], "--lora_dir {folder}/nowhere: there is no such folder"),
     ("sd", ["--lora_dir", "{folder}/loras"], "old.ckpt is a pickle, and only .safetensors"),
     ("sd", ["--calibration_prompts", "{folder}/none.txt"], "--calibration_prompts {folder}/none.txt can't be read"),
+    ("sd", ["--dataset_name", "shapes", "--num_eval_images", 501], "--num_eval_images 501: there are 500 held-out"),
     ("int8", [], "its weights are quantized, INT8 (torchao), and can't be pruned"),
     ("packed", [], "its weights are packed, 4-bit (svdquant), and can't be pruned"),
     ("sd", ["--importance", "reconstruction", "--no_compensation"], "leave out --no_compensation"),

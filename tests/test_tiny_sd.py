@@ -1,5 +1,6 @@
 """The rendered shapes and the embedded default that was trained on them: what every later number stands on."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 import prepare_tiny_sd
 from common import shapes
 from common.contract import read_distillation
+from common.errors import UsageError
 from common.judging.metrics import ClipJudge, SceneReader, r_precision, scene_accuracy
 from common.pipelines import load_pipeline
 
@@ -39,6 +41,20 @@ def test_held_out_captions_are_never_trained_on():
     }
     kinds = [shapes.scene_of(caption)[1] for caption in shapes.held_out_captions()]
     assert kinds.count(0) == 100 and min(kinds.count(1), kinds.count(2)) > 800
+
+
+def test_captions_to_choose_by_are_not_those_that_judge():
+    every = shapes.held_out_captions()
+    choose, judge = (shapes.held_out_captions(split=split) for split in ("choose", "judge"))
+    assert (len(choose), len(judge)) == (500, 1500) and sorted(choose + judge) == sorted(every)
+    assert [sum(not shapes.scene_of(text)[1] for text in captions) for captions in (choose, judge)] == [25, 75]
+    for split, captions in (("choose", choose), ("judge", judge), ("all", every)):  # whatever the number asked for
+        assert shapes.held_out_captions(7, split) == captions[:7] == [c for c in every if c in captions][:7]
+    # Which is which must never change: figures of before would judge by what they chose by.
+    assert hashlib.sha256("\n".join(judge).encode()).hexdigest()[:16] == "b49d0f061deeef61"
+    shapes.check_count("--flag", 500, "choose")
+    with pytest.raises(UsageError, match="--flag 501: there are 500 held-out captions in the split 'choose'"):
+        shapes.check_count("--flag", 501, "choose")
 
 
 def test_renders_derive_from_seed_and_index():

@@ -145,7 +145,9 @@ def markdown(rows, parts, told, count):
             cells.append(written(row[key]) + interval if key in row else "")
         lines.append("| " + " | ".join([row["configuration"], *cells]) + " |")
     if count:
-        lines += ["", f"Judged on {count} captions; intervals are of 95 %. Time is of one run: compare it within."]
+        split = told.get("held_out_split")
+        judged = f"{count} captions" + (f" of the held-out ones of shapes, split {split!r}" if split else "")
+        lines += ["", f"Judged on {judged}; intervals are of 95 %. Time is of one run: compare it within."]
     lines += ["", "## Components", "", table(["", "", "parameters", "MB", "MACs"])]
     for component in next(iter(parts.values())):
         for name, found in parts.items():

@@ -20,6 +20,7 @@ from common.judging.results import load_judges
 from common.randomness import sample_generator
 
 BATCH = 16  # images per forward
+SPLIT = "choose"  # of the held-out shapes: the best checkpoint is chosen here, and must not be judged on the same ones
 # What decides the best, the first that was measured; 1: higher is better. The reader judges shapes without a CLIP too.
 METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1, "scene_accuracy": 1}
 
@@ -27,9 +28,9 @@ METRICS = {"fid": -1, "frechet_clip": -1, "lpips_teacher": -1, "clip_score": 1, 
 class Evaluation:
     """Captions, references and judges, loaded once. Raises UsageError where one that was asked for does not load.
 
-    args: --eval_data_dir (None: the held-out shapes), --num_eval_images, --clip_model (None: tiny-clip for shapes,
-    else none), --inception_path and --lpips_trunk_path (None: no FID, no LPIPS), resolution and seed. Only the main
-    process holds judges and references.
+    args: --eval_data_dir (None: the held-out shapes to choose by), --num_eval_images, --clip_model (None: tiny-clip
+    for shapes, else none), --inception_path and --lpips_trunk_path (None: no FID, no LPIPS), resolution and seed.
+    Only the main process holds judges and references.
     """
 
     def __init__(self, args, accelerator):
@@ -37,7 +38,7 @@ class Evaluation:
         self.clip = self.inception = self.lpips = self.reader = self.teacher_images = None
         self.references = {}
         if args.eval_data_dir is None:
-            self.captions, real = shapes.held_out_captions(self.count), real_shapes(self.count)
+            self.captions, real = shapes.held_out_captions(self.count, SPLIT), real_shapes(self.count, SPLIT)
         else:
             held_out = {
                 "data_dir": args.eval_data_dir,
@@ -55,7 +56,7 @@ class Evaluation:
         self.count = len(self.captions)
         if not accelerator.is_main_process:
             return
-        self.judges = judges_of(args)
+        self.judges = {**judges_of(args), "held_out_split": SPLIT if args.eval_data_dir is None else None}
         self.clip, self.reader = load_judges(args.clip_model, None, self.captions, accelerator.device)
         if args.inception_path:
             self.inception = metrics.load_inception(args.inception_path).to(accelerator.device)
@@ -138,6 +139,8 @@ def check_evaluation(args):
         raise UsageError("--eval_steps needs --eval_data_dir: images with captions that are not trained on.")
     if args.num_eval_images < 2:
         raise UsageError("--num_eval_images 1 is not enough: a Fréchet distance needs two images.")
+    if args.eval_data_dir is None:
+        shapes.check_count("--num_eval_images", args.num_eval_images, SPLIT)
     if args.eval_data_dir is not None and not Path(args.eval_data_dir).exists():
         raise UsageError(f"--eval_data_dir {args.eval_data_dir}: there is no such file.")
     shapes_clip = args.clip_model is None and args.eval_data_dir is None  # tiny-clip judges by default

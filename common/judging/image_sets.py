@@ -24,8 +24,6 @@ from common.errors import UsageError
 from common.images import IMAGE_EXTENSIONS, ImageError, open_image
 from common.judging import metrics
 
-SHAPES_REAL_IMAGES = 2000
-
 
 @dataclass
 class RealImages:
@@ -63,15 +61,17 @@ def to_pixels(images, resolution):
     return torch.stack([to_square(image, resolution, 0.5, 0.5, False) for image in images])
 
 
-def real_shapes(count=None):
-    """The first `count` (default: all) RealImages of shapes: shapes.reference_sample."""
-    count = count or SHAPES_REAL_IMAGES
-    _check_count("the held-out shapes", count, SHAPES_REAL_IMAGES)
+def real_shapes(count=None, split="all"):
+    """The first `count` (default: all) RealImages of a split of the held-out shapes: shapes.reference_sample."""
+    indices = shapes.held_out_indices(split)
+    count = count or len(indices)
+    _check_count(f"the held-out shapes ({split})", count, len(indices))
 
     def read(index):
-        return to_pixels([Image.fromarray(shapes.reference_sample(index)[0])], shapes.IMAGE_SIZE)[0]
+        return to_pixels([Image.fromarray(shapes.reference_sample(indices[index])[0])], shapes.IMAGE_SIZE)[0]
 
-    return RealImages({"set": "held-out shapes", "seed": 1}, count, read)
+    identity = {"set": "held-out shapes", "seed": 1}  # of all: as features of them were kept before there were splits
+    return RealImages(identity if split == "all" else {**identity, "split": split}, count, read)
 
 
 def real_folder(folder, resolution, count=None):

@@ -26,6 +26,14 @@ from common.randomness import sample_generator
 from common.shapes import ATTRIBUTES, SECOND_OBJECT
 
 BATCH = 64  # images or captions per forward
+_CLIP = "torch.nn.functional.interpolate, bicubic, antialias, the shortest side; then the middle square"
+RESIZING = {  # how each judge brings images to its size, with which library: for what results.json says
+    "clip": _CLIP,
+    "preference": _CLIP,
+    "reader": "torch.nn.functional.interpolate, area",
+    "inception": "torch_fidelity, bilinear as TensorFlow 1 has it, to 299 pixels",
+    "lpips": "none",
+}
 
 
 class SceneReader(nn.Module):
@@ -54,6 +62,7 @@ class SceneReader(nn.Module):
     def from_pretrained(cls, folder):
         reader = cls(**json.loads((Path(folder) / "config.json").read_text()))
         reader.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "model.safetensors").items()})
+        reader.path = str(folder)
         return reader.eval().requires_grad_(False)
 
 
@@ -117,7 +126,7 @@ class ClipJudge:
     """
 
     def __init__(self, path, device="cpu"):
-        problem = f"No CLIP judge at {str(path)!r}: "
+        self.path, problem = str(path), f"No CLIP judge at {str(path)!r}: "
         try:
             model_type = AutoConfig.from_pretrained(path).model_type
             # As of transformers 5 a checkpoint loads in its saved dtype, here fp16.
@@ -210,6 +219,18 @@ def clip_scores(image_features, text_features):
     return 100 * F.cosine_similarity(image_features, text_features, dim=-1).clamp(min=0)
 
 
+def preference_scores(judge, pooled, captions):
+    """exp(logit_scale) * cosine of images, by a preference model's pooled features (B, hidden), and captions: (B,).
+
+    The score of Kirstain et al. (2023), PickScore; `judge`: a ClipJudge. It is not clipped, as clip_scores are.
+    Raises ValueError for another number of captions than of images.
+    """
+    if len(pooled) != len(captions):
+        raise ValueError(f"Every image needs one caption, got {len(pooled)} images and {len(captions)} captions")
+    cosines = F.cosine_similarity(judge.project(pooled), judge.text_features(captions), dim=-1)
+    return judge.model.logit_scale.exp().cpu() * cosines
+
+
 @functools.cache
 def shapes_distractors(caption, index, count=99, seed=0):
     """`count` other captions for the R-precision of shapes caption `index`: a tuple, drawn from (seed, index).
@@ -292,11 +313,12 @@ def frechet_distance(real_features, fake_features):
     return metric.compute().item()
 
 
-def shapes_real_features(clip_judge, count=2000):
-    """Pooled features (count, hidden) of the first real images: shapes.reference_sample."""
-    parts = []
-    for start in range(0, count, BATCH):
-        images = [shapes.reference_sample(i)[0] for i in range(start, min(start + BATCH, count))]
+def shapes_real_features(clip_judge, count=None, split="all"):
+    """Pooled features (N, hidden) of the first `count` (default: all) real images of a split of the held-out shapes:
+    shapes.reference_sample."""
+    indices, parts = shapes.held_out_indices(split)[:count], []
+    for start in range(0, len(indices), BATCH):
+        images = [shapes.reference_sample(index)[0] for index in indices[start : start + BATCH]]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(clip_judge.pooled_features(pixels))
     return torch.cat(parts)

@@ -115,20 +115,40 @@ def plan_sampling(model, args):
     return model
 
 
+def sources_of(models, paths):
+    """What results.weights_of takes, of the Models at these paths: pipelines, LoRAs with theirs, folders of images."""
+    sources = []
+    for model in models:
+        if model.path in paths:
+            sources += [model.pipeline] if model.pipeline else []
+            sources += [{"path": model.path}] if model.kind == "lora" else []
+            sources += [{"path": model.path, "images": model.files}] if model.kind == "images" else []
+    return [source for number, source in enumerate(sources) if source not in sources[:number]]
+
+
 def plan_captions(args, models):
     """(captions or None, their data set or None, whether they are the held-out ones of shapes). Raises UsageError."""
     pipelines = [model.pipeline["path"] for model in models if model.kind != "images"]
+    drawn = args.dataset_name == "shapes" or any(comes_from_tiny_sd(model.path) for model in models if model.pipeline)
+    data = args.data_dir or args.dataset_name not in (None, "shapes")
+    if args.held_out_split != "all" and (args.prompts_file or data or not (drawn or pipelines)):
+        raise UsageError(f"--held_out_split {args.held_out_split} is about the held-out captions of shapes alone.")
     if args.prompts_file:
         return read_prompts_file(args.prompts_file), None, False
-    if args.data_dir or args.dataset_name not in (None, "shapes"):
+    if data:
         args.center_crop, args.random_flip, args.max_train_samples = True, False, None
         args.resolution, asked = models[0].resolution, args.resolution
         dataset = load_dataset_from_args(args)
         args.resolution = asked
         wanted = min(dataset.size, args.num_images or NUM_IMAGES)
         return [dataset.captions(index)[0] for index in range(wanted)], dataset, False
-    if args.dataset_name == "shapes" or any(comes_from_tiny_sd(model.path) for model in models if model.pipeline):
-        return shapes.held_out_captions(), None, True
+    if drawn:
+        if args.held_out_split != "all":  # of all there may be several images of each
+            shapes.check_count("--num_images", args.num_images or 0, args.held_out_split)
+        captions = shapes.held_out_captions(split=args.held_out_split)
+        named = f"(--held_out_split {args.held_out_split})"
+        print(f"Captions: held-out ones of shapes, of {len(captions)} {named}.", flush=True)
+        return captions, None, True
     if pipelines:
         raise UsageError(
             f"{pipelines[0]} needs captions: add --prompts_file, --data_dir or --dataset_name "
@@ -155,7 +175,7 @@ def plan_real_images(args, dataset, drawn, resolution):
     if dataset is not None:
         return real_dataset(dataset, args.num_real_images or min(dataset.size, args.num_images))
     if drawn:
-        return real_shapes(args.num_real_images)
+        return real_shapes(args.num_real_images, args.held_out_split)
     for flag in ("inception_path", "num_real_images"):
         if getattr(args, flag):
             raise UsageError(f"--{flag}: there are no real images: add --data_dir, --dataset_name or --real_dir.")

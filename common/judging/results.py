@@ -5,10 +5,13 @@ per prompt. A column that a row lacks stays empty.
 """
 
 import csv
+import functools
+import hashlib
 import itertools
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -16,13 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
 
 from common import shapes
 from common.contract import TINY_SD
-from common.errors import UsageError
+from common.data_formats import files_in
+from common.errors import UsageError, first_line
 from common.judging import metrics
 
 METRICS = ("clip_score", "r_precision", "scene_accuracy")
+PREFERENCE = ("preference", "preference_win")  # without a share kept: a score of preference has no zero
 COLUMNS = (
     "configuration",
     "role",
@@ -37,6 +44,7 @@ COLUMNS = (
     "speedup",
     "speedup_without_decode",
     *(f"{name}{suffix}" for name in METRICS for suffix in ("", "_low", "_high", "_retention")),
+    *(f"{name}{suffix}" for name in PREFERENCE for suffix in ("", "_low", "_high")),
     "frechet_clip",
     "peak_memory_mib",
     "peak_memory_kind",
@@ -52,6 +60,8 @@ TABLE = (  # what print_table shows: heading, column, how its value is written
     ("kept", "r_precision_retention", "{:.1%}".format),
     ("scene accuracy", "scene_accuracy", "{:.3f}".format),
     ("kept", "scene_accuracy_retention", "{:.1%}".format),
+    ("preference", "preference", "{:.2f}".format),
+    ("preferred", "preference_win", "{:.1%}".format),
     ("Fréchet (CLIP)", "frechet_clip", "{:.2f}".format),
     ("peak MiB", "peak_memory_mib", "{:.0f}".format),
 )
@@ -60,11 +70,15 @@ QUALITY = {  # what `plot` draws, and which way is better
     "scene_accuracy": "scene accuracy (up)",
     "r_precision": "R-precision (up)",
     "clip_score": "CLIP score (up)",
+    "preference": "preference (up)",
     "fid": "FID (down)",
     "frechet_clip": "Fréchet (CLIP) (down)",
     "lpips": "LPIPS to the reference (down)",
 }
 
+
+VERSIONS = ("torch", "torchvision", "diffusers", "transformers", "peft", "accelerate")  # of what samples and judges
+VERSIONS += ("pillow", "numpy", "torchmetrics", "torch-fidelity", "lpips")
 
 # What inference.py and evaluate.py write.
 WRITTEN = ("images", "results.csv", "results.json", "grid.png", "grid_steps.png", "grid_comparison.png")
@@ -132,15 +146,31 @@ def load_judges(clip_model, reader, captions, device):
     return clip_judge, scene_reader and scene_reader.to(device)
 
 
-def judged(images, captions, clip_judge, reader, real_features):
-    """judge_images on the pixels that the PNG files hold; without a CLIP the reader judges alone."""
+def load_preference_model(path, device):
+    """The ClipJudge of --preference_model, None where there is none. Raises UsageError where it does not load."""
+    if path is None:
+        return None
+    try:
+        return metrics.ClipJudge(path, device)
+    except ValueError as error:
+        raise UsageError(f"--preference_model: {error}") from None
+
+
+def judged(images, captions, clip_judge, reader, real_features, preference_model=None):
+    """judge_images on the pixels that the PNG files hold; without a CLIP the others judge alone."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 127.5 - 1
+    figures = {"per_image": {}}
     if clip_judge is not None:
-        return metrics.judge_images(pixels, captions, clip_judge, reader, real_features)
-    if reader is None:
-        return {"per_image": {}}
-    right = metrics.scene_accuracy(reader, pixels, captions).tolist()
-    return {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+        figures = metrics.judge_images(pixels, captions, clip_judge, reader, real_features)
+    elif reader is not None:
+        right = metrics.scene_accuracy(reader, pixels, captions).tolist()
+        figures = {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+    if preference_model is not None:
+        pooled = preference_model.pooled_features(pixels)
+        scores = metrics.preference_scores(preference_model, pooled, captions).tolist()
+        figures["preference"] = metrics.bootstrap_interval(scores)
+        figures["per_image"]["preference"] = scores
+    return figures
 
 
 def rows_of(columns, figures, measured, prompts):
@@ -157,7 +187,7 @@ def rows_of(columns, figures, measured, prompts):
             chosen = values if index == "" else np.split(values, len(prompts))[index]
             row["images"], row[name] = len(chosen), float(chosen.mean())
         rows.append(row)
-    for name in (*METRICS, "lpips"):
+    for name in (*METRICS, "preference", "lpips"):
         if name in figures:
             rows[0][name], rows[0][f"{name}_low"], rows[0][f"{name}_high"] = figures[name]
     if "frechet" in figures:
@@ -178,14 +208,111 @@ def add_ratios(runs):
                     row[f"{name}_retention"] = row[name] / base[name]
 
 
+def add_wins(runs, scores):
+    """preference_win of every run, with its interval: the share of images that are preferred over the baseline's of
+    the same caption and noise, a tie as half.
+
+    `scores`: for each run the preference_scores of its images, in the same order, or None.
+    """
+    baseline = next((own for rows, own in zip(runs, scores) if rows[0]["role"] == "baseline"), None)
+    for rows, own in zip(runs, scores):
+        if own is not None and baseline is not None:
+            own, other = np.asarray(own), np.asarray(baseline)
+            interval = metrics.bootstrap_interval((own > other) + (own == other) / 2)
+            rows[0].update(zip(("preference_win", "preference_win_low", "preference_win_high"), interval))
+
+
 def circumstances(device):
-    """What figures depend on beside the flags: command, device, threads and versions; a dict for results.json."""
+    """What figures depend on beside the flags: command, device, threads, versions and the commit; a dict for json."""
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "versions": {name: version(name) for name in VERSIONS},
+        "commit": commit(),
     }
+
+
+def commit():
+    """{"commit", "changed"} of the checkout that this file is of, or None where it is of none.
+
+    changed: whether a file that is kept there differs from the commit's.
+    """
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):  # no git, no checkout, or somebody else's
+        return None
+
+
+def manifest(device, seed, captions, held_out_split, judges, models):
+    """All that the figures of a run depend on, to tell whether two runs measured the same: a dict for results.json.
+
+    captions: what was judged, in order; held_out_split: of shapes.SPLITS, None for other captions;
+    judges: {of metrics.RESIZING: ClipJudge or network, with its path, or None}; models: arguments of weights_of, of
+    what was sampled or read.
+    """
+    found = {}
+    for name, judge in judges.items():
+        if judge is None:
+            continue
+        known = {"path": "download"} if judge.path == "download" else weights_of(judge.path)
+        clip = judge.model if isinstance(judge, metrics.ClipJudge) else None
+        if not known.get("sha256"):  # torch.hub's file, or weights that the hub converted
+            known["loaded"] = metrics.fingerprint(clip or judge)
+        if clip:
+            size = clip.config.vision_config.image_size
+            known.update(image_size=size, mean=list(judge.mean), std=list(judge.std))
+        found[name] = {**known, "resizing": metrics.RESIZING[name]}
+    return {
+        **circumstances(device),
+        "seed": seed,
+        "captions": {"count": len(captions), "sha256": _digest(captions), "held_out_split": held_out_split},
+        "resizing": "PIL, Lanczos, of the middle square",  # real images, and a folder's, of another size
+        "judges": found,
+        "models": [weights_of(**source) for source in models],
+    }
+
+
+def weights_of(path, revision=None, variant=None, images=None):
+    """{"path", "sha256": {file: hash}} and the rest that is known of a model: the safetensors files at a path or hub
+    id. Of a hub id, `revision` becomes the commit that was read. Of a folder of `images` one hash of all of them.
+    What can't be read any more is said under "problem": the figures are there, and must not be lost for that."""
+    place, hashes, problem = Path(path), {}, None
+    try:
+        if not place.exists():
+            place = Path(snapshot_download(path, revision=revision, local_files_only=True))
+            revision = place.name
+        files = images or ([place] if place.is_file() else [f for f in files_in(place) if f.suffix == ".safetensors"])
+        large = sum(file.stat().st_size for file in files) > 2**30
+        for file in tqdm(files, desc=f"sha256 of {path}", unit="file", disable=not large):
+            stat = file.stat()
+            name = file.name if place.is_file() else file.relative_to(place).as_posix()
+            hashes[name] = _sha256(file.resolve(), stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError) as error:  # ValueError: of a path that is gone, which is no hub id either
+        problem = first_line(error)
+    if images:
+        hashes = {f"{len(hashes)} images": _digest(hashes)}
+    known = {"path": str(path), "revision": revision, "variant": variant, "sha256": hashes, "problem": problem}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@functools.cache
+def _sha256(file, size, time):
+    """sha256 of a file's bytes, once for each of its sizes and times."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_results(outdir, runs, report, columns=COLUMNS):
@@ -216,6 +343,16 @@ def print_table(runs, table=TABLE):
     widths = [max(map(len, column)) for column in columns]
     for cells in zip(*columns):
         print("  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip())
+
+
+def short_names(models):
+    """What a picture has room for: the last part of each path that is not "final", or two, or the whole path."""
+    parts = [[part for part in Path(model).parts if part != "final"] for model in models]
+    for length in (1, 2):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(models)):
+            return names
+    return models
 
 
 def plot(rows, x, series, path):
