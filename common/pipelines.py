@@ -39,8 +39,9 @@ from common.compression.quantized_folders import (
     unquantized_of,
 )
 from common.conditioning import is_sdxl
+from common.contract import CONTRACT, read_distillation
 from common.diffusion import NoiseSchedule
-from common.errors import ModelError, first_line
+from common.errors import ModelError, UsageError, first_line
 from common.model_files import (
     UNUSED,
     check_inputs,
@@ -261,10 +262,40 @@ def check_tokenizers(pipeline, where):
             )
 
 
-def default_guidance(path, revision=None):
+def default_guidance(path, revision=None, flag="--pretrained_model_name_or_path"):
     """The guidance scale that a stock pipeline samples with where none is given."""
-    pipeline_class, _, _ = read_pipeline_config(path, revision, transformers=True)
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
     return float(inspect.signature(pipeline_class.__call__).parameters["guidance_scale"].default)
+
+
+def contract_of(path, revision=None, flag="--pretrained_model_name_or_path"):
+    """read_distillation of a pipeline that is sampled; FLUX, SD3 and PixArt are guided as their classes are."""
+    contract = read_distillation(path)
+    if (Path(path) / CONTRACT).is_file():
+        return contract
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
+    if pipeline_class in TRANSFORMER_PIPELINES.values():
+        contract["guidance_scale"] = default_guidance(path, revision, flag)
+    if pipeline_class is FluxPipeline:
+        contract["guidance"] = "embedded"
+    return contract
+
+
+UNET_FLAGS = ("lora_path", "scheduler", "compare_baseline", "init_image")  # of inference.py
+
+
+def sampled_size(args, source):
+    """The native resolution of a pipeline that inference.py samples. Raises UsageError on flags that need a UNet."""
+    path = source["path"]
+    pipeline_class, native, _ = read_pipeline_config(path, source["revision"], transformers=True, quantized=True)
+    if pipeline_class in TRANSFORMER_PIPELINES.values():
+        for name in UNET_FLAGS:
+            if getattr(args, name):
+                kind = pipeline_class.__name__
+                raise UsageError(f"--{name} is about pipelines with a UNet, and {path} is a {kind}.")
+    if pipeline_class is FluxPipeline and args.negative_prompt:
+        raise UsageError("--negative_prompt has no effect on FLUX, which runs one pass a step: leave it out.")
+    return native
 
 
 def load_frozen(args, run):

@@ -170,7 +170,7 @@ def check_runs_here(path, revision, where):
             missing.append("a name that says what it was made from, such as svdq-int4_r32-flux.1-dev.safetensors")
     if missing:
         found = quantization_of(path, revision)
-        raise ModelError(f"{where}: its weights are {found}, which here lacks {'; and '.join(missing)}.")
+        raise ModelError(f"{where}: its weights are {found}: to run them takes {'; and '.join(missing)}.")
 
 
 def _four_bit_floats(path, words):
