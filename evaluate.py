@@ -205,11 +205,12 @@ def sizes_of(model, pipeline):
     """SIZES of a loaded model: parameters by part (a LoRA's, unless fused, with the UNet's), bytes of weight files."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    text = counts["text_encoder"] + counts.get("text_encoder_2", 0)
+    text = sum(count for name, count in counts.items() if name.startswith("text_encoder"))
+    denoiser = counts["unet" if "unet" in counts else "transformer"]
     files = [file for name in parts for file in weight_files(model.pipeline, name)]
     if model.kind == "lora":
         files.append(lora_file(model.path))
-    sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
+    sizes = (denoiser, text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
     return dict(zip(SIZES, sizes))
 
 

@@ -1,8 +1,8 @@
 """Generate images, and measure what distillation bought: models and step counts side by side, timed and judged.
 
-Takes any output of this repository, or any Stable Diffusion pipeline or LoRA. Scheduler, timesteps and guidance are
-those saved with the weights (scheduler/ and distillation.json); for an outside LoRA they come from --scheduler and
---guidance_scale. It says which.
+Takes any output of this repository, any Stable Diffusion pipeline or LoRA, and pipelines of FLUX, SD3 and PixArt.
+Scheduler, timesteps and guidance are those saved with the weights (scheduler/ and distillation.json); for an outside
+LoRA they come from --scheduler and --guidance_scale. It says which.
 
     python inference.py --prompt "a small red circle above a large blue square on a white background"
     python inference.py --lora_path outputs/flash_lora/lora/final --steps 2 4 8 --compare_baseline
@@ -36,7 +36,7 @@ import torch
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from common import arguments, shapes
+from common import arguments, pipelines, shapes
 from common.compression.lora_conversion import load_converted
 from common.compression.quantized_folders import quantization_of
 from common.contract import comes_from_tiny_sd, parent_source, pipeline_source, read_distillation, sampling_guidance
@@ -45,7 +45,7 @@ from common.images import ImageError, open_image
 from common.judging import metrics, results
 from common.judging.previews import image_grid
 from common.lora import check_lora_path
-from common.pipelines import image_to_image, keep_vae_right, load_pipeline, read_pipeline_config, resolution_of
+from common.pipelines import image_to_image, keep_vae_right, load_pipeline, resolution_of
 from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import check_prompts, default_batch_size, read_prompts_file, sample_timed, slug
@@ -181,7 +181,7 @@ def make_plan(args):
     contract = read_distillation(lora) if ours else {}
     model = teacher = pipeline_source(args, contract, lora)
     if lora is None:
-        contract = read_distillation(model["path"])
+        contract = pipelines.contract_of(model["path"], model["revision"])
         if contract.get("parent") and args.compare_baseline:
             teacher = parent_source(contract, model["path"])
     distilled = bool(contract.get("steps"))
@@ -238,7 +238,7 @@ def load_model(source, args, lora=None):
     if args.vae_tiling:
         pipeline.vae.enable_tiling()
     if args.torch_compile:
-        pipeline.unet.compile()
+        getattr(pipeline, "unet", getattr(pipeline, "transformer", None)).compile()
     if args.cpu_offload:
         pipeline.enable_model_cpu_offload(device=args.device)
     else:
@@ -260,7 +260,7 @@ def student_configurations(args, plan, pipeline):
                 scheduler = type(scheduler).from_config(scheduler.config, original_inference_steps=50)
         timesteps = list_timesteps(scheduler, steps)
         note = "" if trained in (None, steps) else f" (trained for {trained} steps: {plan.contract.get('timesteps')})"
-        shown = timesteps if len(timesteps) <= 16 else f"{timesteps[:3]} ... {timesteps[-1]}"
+        shown = (timesteps or "those of each call") if len(timesteps) <= 16 else f"{timesteps[:3]} ... {timesteps[-1]}"
         print(f"Timesteps: {steps} steps of {type(scheduler).__name__} at {shown}{note}.", flush=True)
         name = "student" if args.lora_path or trained else "model"
         guided = f" w={plan.guidance_scale:g}" if plan.guidance_scale > 1 else ""
@@ -297,7 +297,7 @@ def generate(pipeline, configuration, prompts, init_image, args):
             args.device,
             prompt=[prompts[i] for i, _ in batch],
             num_inference_steps=steps,
-            negative_prompt=[args.negative_prompt] * len(batch) if args.negative_prompt else None,
+            **({"negative_prompt": [args.negative_prompt] * len(batch)} if args.negative_prompt else {}),
             guidance_scale=configuration.guidance_scale,
             generator=[sample_generator(args.seed, i, j) for i, j in batch],
             **start_from,
@@ -386,7 +386,7 @@ def main(args):
             init_image = open_image(args.init_image)
         except ImageError as error:
             raise UsageError(f"--init_image {args.init_image} can't be used: {error}.") from None
-    native = read_pipeline_config(plan.model["path"], plan.model["revision"], quantized=True)[1]
+    native = pipelines.sampled_size(args, plan.model)
     args.resolution = resolution_of(args, native, plan.model["path"])
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)

@@ -1,4 +1,4 @@
-"""Prune a pipeline, let it recover, export it in FP16 or INT8: a pipeline folder in, a smaller one out, with a report.
+"""Prune a pipeline, let it recover, export it in FP16, INT8 or FP8: a pipeline in, a smaller one out, with a report.
 
     structured   channels inside resnets, feed-forwards, CLIP's MLPs and the VAE go, with their GroupNorm's groups
     heads        attention heads go
@@ -26,8 +26,8 @@ Rates that are safe, and aggressive ones, as they are passed on: attention 0.3 t
 0.5, 0.6 to 0.7; convolutions 0.5 to 0.6, 0.7 to 0.8. docs/prune_and_quantize.md has measured ones.
 
 Run the same command with --resume_from_checkpoint latest to go on after a stop. Writes
-<output_dir>/[<run_name>/]checkpoint-N/ while it recovers, final/, final-fp16/ or final-int8/, report.json, report.md,
-grid.png, and with --sensitivity sensitivity.png.
+<output_dir>/[<run_name>/]checkpoint-N/ while it recovers, final/, final-fp16/, final-int8/ or final-fp8/, report.json,
+report.md, grid.png, and with --sensitivity sensitivity.png.
 """
 
 from pathlib import Path
@@ -115,7 +115,8 @@ def parse_args(argv=None):
     add("--clip_model", help="CLIP that judges (default with shapes: tiny-clip, else none)")
     add("--lora_dir", help="LoRAs for the original: check each on the output, in lora_compatibility_report.json")
     arguments.add_runtime_arguments(parser)
-    add = parser.add_argument_group("INT8").add_argument
+    add = parser.add_argument_group("INT8 and FP8").add_argument
+    add("--precision", dest="export", choices=arguments.EXPORTS, nargs="+", help="--export, by another name")
     add(
         "--int8_backend",
         choices=quantization.BACKENDS,
@@ -127,6 +128,11 @@ def parse_args(argv=None):
         type=arguments.natural,
         default=0,
         help="layers of the UNet or transformer to leave as they are: those whose rounding changes its output most",
+    )
+    add(
+        "--fp8_activations",
+        action="store_true",
+        help="--export fp8 that also multiplies in float8: on GPUs of compute capability 8.9 or later alone",
     )
     # Every round starts from what works: without a warm-up Adam's first steps, all of full length, would spoil it.
     parser.set_defaults(lr_scheduler="linear", lr_warmup_steps=20, ema_decay=0.99)
@@ -152,6 +158,10 @@ def check_arguments(args):
         quantization.check_backend(args.int8_backend)
     elif args.int8_skip or args.int8_backend != "torchao":
         raise UsageError("--int8_skip and --int8_backend are about --export int8: add it or leave them out.")
+    if args.fp8_activations and "fp8" not in (args.export or ()):
+        raise UsageError("--fp8_activations is about --export fp8: add it or leave it out.")
+    if args.fp8_activations:
+        quantization.check_float8_products()
     if args.lora_dir:
         lora_files(args.lora_dir)
     total = args.iterative * args.finetune_steps
@@ -382,7 +392,8 @@ def main(args):
     changed = [*planned, *["unet"] * bool(args.finetune_steps)]
     parts = {component: getattr(pipeline, component) for component in changed}
     save_student(run, parts, pipeline.scheduler, contract, "Pruned pipeline", notes, manifest=manifest)
-    export(run, backend=args.int8_backend, skip=layers_left(args, pipeline, captions, contract))
+    skip = layers_left(args, pipeline, captions, contract)
+    export(run, backend=args.int8_backend, skip=skip, activations=args.fp8_activations)
     report(args, run, dataset, planned, contract, manifest, pipeline)
     run.end()
 

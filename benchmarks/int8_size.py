@@ -1,8 +1,9 @@
-"""Bytes, coverage and memory of SD1.5 in fp16 and with INT8 weights, component by component.
+"""Bytes, coverage and memory of SD1.5 in fp16 and with INT8 and FP8 weights, component by component.
 
     python benchmarks/int8_size.py                  # SD1.5's architecture with random weights, and BK-SDM-Tiny's UNet
     python benchmarks/int8_size.py --no_memory      # bytes and coverage alone, which need no weights: seconds
     python benchmarks/int8_size.py --errors         # of tiny-sd's outputs, by the dtype of what is not INT8
+    python benchmarks/int8_size.py --transformers   # bytes and coverage of FLUX.1-dev's, SD3's and PixArt-Sigma's
 
 Peak memory is the resident set of a fresh process that loads the component from disk and runs it once, at a quarter of
 the native side; "before" is that process with everything imported and nothing loaded. One JSON line per component.
@@ -20,7 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from common import shapes  # noqa: E402
@@ -38,8 +45,24 @@ BLOCKS = {  # BK-SDM-Tiny: one layer per block, no middle, the deepest stage gon
 }
 
 
+TRANSFORMERS = {  # as their config.json has them
+    "FLUX.1-dev": (FluxTransformer2DModel, {"guidance_embeds": True}),
+    "SD3-medium": (
+        SD3Transformer2DModel,
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    ),
+    "PixArt-Sigma": (
+        PixArtTransformer2DModel,
+        {"attention_bias": True, "caption_channels": 4096, "use_additional_conditions": False},
+    ),
+}
+
+
 def build(name):
     """A component of SD1.5's architecture; under a device context, on that device."""
+    if name in TRANSFORMERS:
+        cls, config = TRANSFORMERS[name]
+        return cls(**config)
     if name == "vae":
         return AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -57,9 +80,10 @@ def build(name):
 
 
 def counted(name, dtype):
-    """{parameters, fp16_bytes, int8_bytes, covered, int8, not_int8} of a component, on the meta device."""
+    """{parameters, fp16_bytes, int8_bytes, covered, int8, not_int8, the same of fp8} of a component, on meta."""
     with torch.device("meta"):
-        module = torch.nn.Module.to(build(name), dtype)
+        module, floats = (torch.nn.Module.to(build(name), dtype) for _ in range(2))
+        quantization.quantize_model(floats, kind="fp8")
     before = quantization.bytes_of(module)
     quantization.quantize_model(module)
     after = quantization.coverage(module)
@@ -70,6 +94,8 @@ def counted(name, dtype):
         "covered": quantization.covered(module),
         "int8": {kind: n for (kind, kept), n in after.items() if kept == torch.int8},
         "not_int8": {kind: n for (kind, kept), n in after.items() if kept != torch.int8},
+        "fp8_bytes": quantization.bytes_of(floats),
+        "fp8_covered": quantization.covered(floats),
     }
 
 
@@ -151,10 +177,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no_memory", action="store_true", help="write and load no weights")
     parser.add_argument("--errors", action="store_true", help="errors by dtype alone, of tiny-sd")
+    parser.add_argument("--transformers", action="store_true", help="of FLUX, SD3 and PixArt, without weights")
     args = parser.parse_args()
     if args.errors:
         return errors()
-    for name in ("unet", "unet, BK-Tiny", "text_encoder", "vae"):
+    names = TRANSFORMERS if args.transformers else ("unet", "unet, BK-Tiny", "text_encoder", "vae")
+    args.no_memory = args.no_memory or args.transformers
+    for name in names:
         row = {"component": name, **counted(name, torch.float16)}
         for kind in ("fp16", "int8") if not args.no_memory else ():
             with tempfile.TemporaryDirectory() as folder:

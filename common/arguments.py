@@ -3,6 +3,7 @@
 import argparse
 import re
 
+EXPORTS = ("fp16", "int8", "fp8")
 LPIPS_HELP = "LPIPS: torchvision's VGG-16 weights, a file or 'download'"
 
 
@@ -258,8 +259,9 @@ def add_runtime_arguments(parser):
     )
     add(
         "--export",
-        choices=("fp16", "int8"),
+        choices=EXPORTS,
         nargs="+",
-        help="also write final-fp16/, final-int8/ (half its size) or both, whole pipelines with the student in them",
+        help="also write final-fp16/, final-int8/ (half its size), final-fp8/ (half of linear layers), whole "
+        "pipelines with the student in them",
     )
     return group

@@ -30,8 +30,8 @@ except ImportError:  # Windows
 STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments, state, files}: written last
 LOCK = ".lock"
 # What a run writes, by exact names: nothing else is ever removed. Beside these its own hidden temporaries.
-_WRITTEN = re.compile(r"checkpoint-\d+|stage-\d+|final|final-fp16|final-int8")
-_TEMPORARY = re.compile(r"\.(checkpoint-\d+|stage-\d+|final|final-fp16|final-int8|best|student)(\.old)?\.tmp")
+_WRITTEN = re.compile(r"checkpoint-\d+|stage-\d+|final|final-(?:fp16|int8|fp8)")
+_TEMPORARY = re.compile(r"\.(checkpoint-\d+|stage-\d+|final|final-(?:fp16|int8|fp8)|best|student)(\.old)?\.tmp")
 _PROVEN = ("best", "student")  # of train_student_kd.py: words that others use too, so by their contract
 
 

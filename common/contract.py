@@ -134,5 +134,5 @@ def sampling_guidance(contract, given, flag, outside=False):
             raise UsageError(f"{flag} {given:g}: these weights have guidance baked in and would be guided twice.")
         return 1.0, "baked into the weights, so guidance_scale 1 and one UNet pass a step"
     scale = contract.get("guidance_scale", 7.5) if given is None else given
-    kind = "an input of the UNet, one pass a step" if contract["guidance"] == "embedded" else "classifier-free"
+    kind = "an input of the model, one pass a step" if contract["guidance"] == "embedded" else "classifier-free"
     return scale, f"{scale:g} ({kind}), " + ("as saved, or 7.5" if given is None else f"from {flag}")

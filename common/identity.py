@@ -37,6 +37,7 @@ FREE_ON_RESUME = {
     "lora_dir",
     "int8_backend",
     "int8_skip",
+    "fp8_activations",
     "max_skipped_updates",
     "ddp_timeout",
     "push_to_hub",

@@ -66,29 +66,32 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
     run.accelerator.wait_for_everyone()
 
 
-def export(run, name="final", backend="torchao", skip=()):
-    """<run>/final-<kind>/ of each kind of --export, fp16 or int8: final/ as a whole pipeline, a LoRA merged.
+def export(run, name="final", backend="torchao", skip=(), activations=False):
+    """<run>/final-<kind>/ of each kind of --export, fp16, int8 or fp8: final/ as a whole pipeline, a LoRA merged.
 
-    backend, skip: of quantize_pipeline, for int8.
+    backend, skip: of quantize_pipeline, for int8; activations: for fp8.
     """
     for kind in (run.args.export or ()) if run.accelerator.is_main_process else ():
         final = (run.folder / name).absolute()
         notes = {"made from": f"`{final}`, whose card says how it was trained"}
         if (final / WEIGHTS).is_file():
             notes["LoRA"] = "merged into the weights: no adapter is needed"
-        export_pipeline(open_output(final), final, run.folder / f"{name}-{kind}", kind, notes, backend, skip)
+        options = {"backend": backend, "skip": skip} if kind == "int8" else {}
+        options |= {"activations": activations} if kind == "fp8" else {}
+        export_pipeline(open_output(final), final, run.folder / f"{name}-{kind}", kind, notes, **options)
     run.accelerator.wait_for_everyone()
 
 
-def export_pipeline(pipeline, source, folder, kind, notes, backend="torchao", skip=()):
-    """`folder`: a pipeline in `kind`, "fp16" or "int8", with its own card, and `source`'s contract and manifest.
+def export_pipeline(pipeline, source, folder, kind, notes, backend="torchao", skip=(), activations=False):
+    """`folder`: a pipeline in `kind`, of --export, with its own card, and `source`'s contract and manifest.
 
-    pipeline: in fp32, rounded here, in place; notes: {name: value}, of the card; backend, skip: of quantize_pipeline.
+    pipeline: in fp32, rounded here, in place; notes: {name: value}, of the card; the rest: of quantize_pipeline.
     """
     folder, contract = Path(folder).absolute(), read_distillation(source)
-    if kind == "int8":
-        quantize_pipeline(pipeline, backend, skip)
-        title, dtype, notes = "The same with INT8 weights", DTYPE, {**notes, **covered_notes(pipeline, backend)}
+    if kind in ("int8", "fp8"):
+        quantize_pipeline(pipeline, backend, skip, kind, activations)
+        title, dtype = f"The same with {kind.upper()} weights", DTYPE
+        notes = {**notes, **covered_notes(pipeline, backend, kind, activations)}
     else:
         title, dtype = "The same in half precision", torch.float16
         for module in pipeline.components.values():
@@ -156,6 +159,7 @@ def _compare(where, files, expected):
     absent = [name for name in expected if name not in found and not name.endswith("position_ids")]
     missing = [name for name in absent if expected[name].data_ptr() not in stored]
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+    dtypes[torch.float8_e4m3fn] = "F8_E4M3"
     wrong = [
         name
         for name, value in expected.items()

@@ -29,10 +29,19 @@ from diffusers import (
 from safetensors import SafetensorError
 
 from common.compression import pruned_models
-from common.compression.quantized_folders import quantization_of, refuse_quantized, saved_dtype
+from common.compression.quantized_folders import (
+    check_runs_here,
+    is_packed,
+    quantization_of,
+    refuse_packed,
+    refuse_quantized,
+    saved_dtype,
+    unquantized_of,
+)
 from common.conditioning import is_sdxl
+from common.contract import CONTRACT, read_distillation
 from common.diffusion import NoiseSchedule
-from common.errors import ModelError, first_line
+from common.errors import ModelError, UsageError, first_line
 from common.model_files import (
     UNUSED,
     check_inputs,
@@ -83,8 +92,14 @@ def read_pipeline_config(
     """
     known = {**PIPELINES, **TRANSFORMER_PIPELINES} if transformers else PIPELINES
     where = f"{flag} {path}"
+    if quantized and is_packed(path):  # nunchaku's transformer, which goes into the pipeline that it was made from
+        check_runs_here(path, revision, where)
+        path, revision = unquantized_of(path), None
+    refuse_packed(path, where)
     check_place(path, where)
-    if not quantized:
+    if quantized:
+        check_runs_here(path, revision, where)
+    else:
         refuse_quantized(path, revision, flag)
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
@@ -183,6 +198,8 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
     """
     where = f"{flag} {path}"
     pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
+    if is_packed(path):
+        return freeze(load_nunchaku(path, pipeline_class, where))
     check_weights(path, variant, where)
     if found := quantization_of(path, revision):
         dtype = saved_dtype(path, revision)
@@ -204,6 +221,23 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(f"{where}: the pipeline does not load ({first_line(error)})") from None
     check_tokenizers(pipeline, where)
+    return freeze(pipeline)
+
+
+def load_nunchaku(path, pipeline_class, where):
+    """The pipeline that nunchaku's packed transformer was made from, in bfloat16, with that transformer in it."""
+    from nunchaku import NunchakuFluxTransformer2dModel
+
+    try:
+        options = {"dtype": torch.bfloat16, "use_safetensors": True}
+        transformer = NunchakuFluxTransformer2dModel.from_pretrained(str(path))
+        return pipeline_class.from_pretrained(unquantized_of(path), transformer=transformer, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
+        raise ModelError(f"{where}: nunchaku does not load it ({first_line(error)}).") from None
+
+
+def freeze(pipeline):
+    """The pipeline, its models in eval mode and without gradients, and without a bar of its own."""
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
@@ -228,10 +262,40 @@ def check_tokenizers(pipeline, where):
             )
 
 
-def default_guidance(path, revision=None):
+def default_guidance(path, revision=None, flag="--pretrained_model_name_or_path"):
     """The guidance scale that a stock pipeline samples with where none is given."""
-    pipeline_class, _, _ = read_pipeline_config(path, revision, transformers=True)
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
     return float(inspect.signature(pipeline_class.__call__).parameters["guidance_scale"].default)
+
+
+def contract_of(path, revision=None, flag="--pretrained_model_name_or_path"):
+    """read_distillation of a pipeline that is sampled; FLUX, SD3 and PixArt are guided as their classes are."""
+    contract = read_distillation(path)
+    if (Path(path) / CONTRACT).is_file():
+        return contract
+    pipeline_class, _, _ = read_pipeline_config(path, revision, flag, transformers=True, quantized=True)
+    if pipeline_class in TRANSFORMER_PIPELINES.values():
+        contract["guidance_scale"] = default_guidance(path, revision, flag)
+    if pipeline_class is FluxPipeline:
+        contract["guidance"] = "embedded"
+    return contract
+
+
+UNET_FLAGS = ("lora_path", "scheduler", "compare_baseline", "init_image")  # of inference.py
+
+
+def sampled_size(args, source):
+    """The native resolution of a pipeline that inference.py samples. Raises UsageError on flags that need a UNet."""
+    path = source["path"]
+    pipeline_class, native, _ = read_pipeline_config(path, source["revision"], transformers=True, quantized=True)
+    if pipeline_class in TRANSFORMER_PIPELINES.values():
+        for name in UNET_FLAGS:
+            if getattr(args, name):
+                kind = pipeline_class.__name__
+                raise UsageError(f"--{name} is about pipelines with a UNet, and {path} is a {kind}.")
+    if pipeline_class is FluxPipeline and args.negative_prompt:
+        raise UsageError("--negative_prompt has no effect on FLUX, which runs one pass a step: leave it out.")
+    return native
 
 
 def load_frozen(args, run):

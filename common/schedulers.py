@@ -100,7 +100,12 @@ def scheduler_for(saved, contract, steps):
 
 
 def list_timesteps(scheduler, steps):
-    """The timesteps of so many steps: a list of ints, sometimes longer (PNDM). Raises UsageError."""
+    """The timesteps of so many steps: a list of ints, sometimes longer (PNDM). Raises UsageError.
+
+    [] where every call decides on them by the size of its images, as FLUX's do.
+    """
+    if scheduler.config.get("use_dynamic_shifting"):
+        return []
     copy = type(scheduler).from_config(scheduler.config)
     try:
         copy.set_timesteps(steps)

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from common.checkpoint import FinalFolder
+from common.compression.quantized_folders import is_packed
 from common.compression.students import empty_unet
 from common.errors import ModelError, first_line
 from common.original_layout import UNET, VAE, original_tensors, strip
@@ -53,8 +54,8 @@ def pipeline_folder(path, flag="--pretrained_model_name_or_path"):
 
     Raises ModelError, one sentence naming `flag`, for a .safetensors file that holds no pipeline that is known.
     """
-    if path is None or Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return path
+    if path is None or Path(path).suffix != ".safetensors" or not Path(path).is_file() or is_packed(path):
+        return path  # a packed one is nunchaku's, which common/pipelines.py reads or refuses
     path, where = Path(path).absolute(), f"{flag} {path}"
     tensors, metadata = read_header(path)
     kind = kind_of(tensors, where)

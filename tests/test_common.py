@@ -168,6 +168,7 @@ OWN = (
     "final",
     "final-fp16",
     "final-int8",
+    "final-fp8",
     ".checkpoint-9.tmp",
     ".final.tmp",
     ".checkpoint-5.old.tmp",
@@ -181,7 +182,7 @@ def test_only_what_a_run_wrote_is_removed(tmp_path):
         (tmp_path / name / "work.txt").write_text("mine")
     make_folder(tmp_path, tmp_path / "checkpoint-5")  # a resume: only what comes after it, and torn saves
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*FOREIGN, "checkpoint-5", "stage-4", "final", "final-fp16", "final-int8"}
+    assert left == {*FOREIGN, "checkpoint-5", "stage-4", "final", "final-fp16", "final-int8", "final-fp8"}
     refuse_other_run(tmp_path, None, True)
     make_folder(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN}

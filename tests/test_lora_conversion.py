@@ -367,14 +367,17 @@ def test_style_cosine():
     assert lora_check.style_cosine(a, b) == 0.5
 
 
-def test_on_quantized_layers(pipelines, pruned, tmp_path, capsys):
-    """Beside INT8 weights an adapter runs; fused, the layers that it is for become plain ones, and it is said."""
-    from torchao.quantization import IntxWeightOnlyConfig, PerAxis, quantize_
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_on_quantized_layers(pipelines, pruned, tmp_path, capsys, kind):
+    """Beside such weights an adapter runs; fused, the layers that it is for become plain ones, and it is said."""
+    from torchao.quantization import quantize_
+
+    from common.compression import quantization
 
     def quantized():
         pipeline = load_pipeline(pruned)
-        kinds = (torch.nn.Linear, torch.nn.Conv2d)
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+        kinds = (torch.nn.Linear, torch.nn.Conv2d) if kind == "int8" else torch.nn.Linear
+        config = quantization.INT8 if kind == "int8" else quantization.FP8
         quantize_(pipeline.unet, config, filter_fn=lambda module, name: isinstance(module, kinds))
         return pipeline
 

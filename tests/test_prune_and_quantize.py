@@ -2,21 +2,21 @@
 
 import json
 import shutil
-import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, random_pipeline, read_json, run_in_process
+from conftest import environment, read_json, run_in_process
 from launching import SHAPES, assert_same_checkpoints, error_of, images_in_memory, quick
+from random_transformers import random_transformer_pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_pruning import TRANSFORMERS
 
 import prune_and_quantize
-from common.compression import channels, pruned_models, pruning
+from common.compression import channels, pruned_models, pruning, quantization
 from common.compression.quantized_folders import quantization_of
 from common.outputs import open_output
 from common.pipelines import load_pipeline, same_weights
@@ -277,62 +277,17 @@ def test_other_scripts_train_what_was_pruned(uneven, distilled):
 # FLUX, SD3 and PixArt
 
 
-def transformer_pipeline(kind):
-    """A pipeline with random weights and the structure of FLUX, SD3 or PixArt: their transformers, CLIP and T5."""
-    import diffusers
-    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
-
-    sdxl, (transformer, config) = random_pipeline("sdxl"), TRANSFORMERS[kind]
-    letters = [(letter, -1.0) for letter in ("\u2581", *string.ascii_lowercase)]
-    t5_tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
-    text = {"vocab_size": len(t5_tokenizer), "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    torch.manual_seed(0)
-    t5 = T5EncoderModel(T5Config(d_model=64 if kind == "sd3" else 16, **text))
-    widths = (8, 8, 8, 16) if kind == "pixart" else (8, 16, 16)
-    vae = diffusers.AutoencoderKL(
-        latent_channels=2 if kind == "flux" else 4,
-        norm_num_groups=8,
-        block_out_channels=widths,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
-        shift_factor=0.1,
-    )
-    clip = {"text_encoder": sdxl.text_encoder, "tokenizer": sdxl.tokenizer}
-    if kind == "flux":
-        transformer = transformer(**{**config, "num_single_layers": 2, "pooled_projection_dim": 32})
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        return diffusers.FluxPipeline(
-            scheduler, vae, **clip, text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=transformer
-        )
-    if kind == "pixart":
-        transformer = transformer(
-            **{**config, "sample_size": 32}
-        )  # its pipeline knows the sizes of the published ones
-        return diffusers.PixArtAlphaPipeline(
-            t5_tokenizer, t5, vae, transformer, diffusers.DPMSolverMultistepScheduler()
-        )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer(**{**config, "joint_attention_dim": 64, "pooled_projection_dim": 64}),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(sdxl.text_encoder.config),
-        tokenizer=sdxl.tokenizer,
-        text_encoder_2=sdxl.text_encoder_2,
-        tokenizer_2=sdxl.tokenizer_2,
-        text_encoder_3=t5,
-        tokenizer_3=t5_tokenizer,
-    )
-
-
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    """{kind: (folder of the random pipeline, of the run that pruned it)}; FLUX's with images."""
+    """{kind: (folder of the random pipeline, of the run that pruned it)}; FLUX's with images, PixArt's unevenly."""
     made = {}
     for kind in TRANSFORMERS:
         folder = tmp_path_factory.mktemp(kind)
-        transformer_pipeline(kind).save_pretrained(folder / "pipeline")
-        more = ["--transformer_prune_ratio", 0.5, "--export", "int8"]
-        more += ["--num_eval_images", 2] if kind == "flux" else ["--attention_ratio", 0.5]
+        random_transformer_pipeline(kind).save_pretrained(folder / "pipeline")
+        more = ["--transformer_prune_ratio", 0.5, "--precision", "fp16", "int8", "fp8"]  # --export, as a seed has it
+        more += {"flux": ["--num_eval_images", 2], "sd3": ["--attention_ratio", 0.5], "pixart": ["--sensitivity"]}[
+            kind
+        ]
         made[kind] = folder / "pipeline", prune(folder / "pipeline", folder / "run", *more, data=[])
     return made
 
@@ -342,10 +297,21 @@ def test_pipelines_without_a_unet(transformers, kind):
     folder, run = transformers[kind]
     parent, final, small = (load_pipeline(path) for path in (folder, run / "final", run / "final-int8"))
     assert type(final.transformer).__name__ == f"Pruned{type(parent.transformer).__name__}"
-    kinds = {"feed_forward"} if kind == "flux" else {"feed_forward", "attention"}
-    layers = read_json(run / "report.json")["layers"]["transformer"].values()
+    report = read_json(run / "report.json")
+    kinds, layers = {"feed_forward"}, report["layers"]["transformer"].values()
+    if kind == "sd3":
+        kinds.add("attention")
     assert {layer["kind"] for layer in layers if layer["kept"] < layer["units"]} == kinds
-    assert all(layer["kept"] * 2 == layer["units"] for layer in layers if layer["kind"] in kinds)
+    halves = [layer["kept"] * 2 == layer["units"] for layer in layers if layer["kind"] in kinds]
+    assert all(halves) or kind == "pixart"
+    assert (run / "sensitivity.png").exists() == (kind == "pixart") == bool(report["sensitivity"])
+    rows = {row["configuration"]: row for row in report["rows"]}
+    assert [rows[f"final-{export}"]["dtype"] for export in ("fp16", "int8", "fp8")] == ["fp16", "int8", "fp8"]
+    sizes = [quantization.bytes_of(load_pipeline(run / f"final-{export}").transformer) for export in ("int8", "fp8")]
+    assert max(sizes) < 0.65 * quantization.bytes_of(load_pipeline(run / "final-fp16", torch.float16).transformer)
+    counts = quantization.coverage(load_pipeline(run / "final-fp8").transformer)
+    assert {kind for kind, dtype in counts if dtype == torch.float8_e4m3fn} == {"Linear"}
+    assert sum(n for (_, dtype), n in counts.items() if dtype == torch.float8_e4m3fn) > 0.7 * sum(counts.values())
     for name, part in final.components.items():
         if isinstance(part, torch.nn.Module) and name != "transformer":
             assert same_weights(part, getattr(parent, name)), name
@@ -356,6 +322,26 @@ def test_pipelines_without_a_unet(transformers, kind):
     said = [line for line in (run / "report.md").read_text().splitlines() if line.startswith("Left whole: ")]
     assert [sorted(line[12:-1].split(", ")) for line in said] == [whole.split(", ")]
     assert (run / "grid.png").exists() == (kind == "flux")
+
+
+def test_they_are_sampled_and_judged_by_the_other_scripts(transformers, tmp_path):
+    """As their classes are by default: SD3 beside its own INT8 and FP8, pruned, by evaluate.py."""
+    import evaluate
+
+    folder, run = transformers["sd3"]
+    models = [folder, run / "final-int8", run / "final-fp8"]
+    more = ["--dataset_name", "shapes", "--num_images", 2, "--steps", 2, "--resolution", 32]
+    more += ["--num_real_images", 2, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    run_in_process(evaluate, "--models", *models, *more)
+    rows = read_json(tmp_path / "out" / "results.json")["configurations"]
+    assert [row["guidance_scale"] for row in rows] == [7.0] * 3 and [row["model"] for row in rows] == list(
+        map(str, models)
+    )
+    assert rows[0]["unet_parameters"] == channels.count(load_pipeline(folder).transformer) > rows[1]["unet_parameters"]
+    assert (
+        rows[1]["unet_parameters"] == rows[2]["unet_parameters"]
+        and rows[2]["bytes_on_disk"] < rows[0]["bytes_on_disk"]
+    )
 
 
 # Opened again
@@ -398,7 +384,8 @@ def test_a_fresh_process_gives_the_images_of_memory_exactly(uneven, transformers
     Or by a copy of that file, with which no code that came with the weights need be trusted.
     """
     folders = {"final": uneven / "final", "int8": uneven / "final-int8", "lora": distilled["train_flash_lora"]}
-    folders.update({kind: run / "final-int8" for kind, (_, run) in transformers.items()})
+    for kind, (_, run) in transformers.items():
+        folders.update({kind: run / "final-int8", f"{kind}-fp8": run / "final-fp8"})
     shutil.copy(pruned_models.__file__, tmp_path)
     jobs = json.dumps({name: str(folder) for name, folder in folders.items()})
     clean = {**environment(), "PYTHONPATH": str(tmp_path)}

@@ -9,9 +9,10 @@ import torch
 from conftest import random_pipeline
 from diffusers import StableDiffusionPipeline
 from launching import assert_every_flag_has_help, error_of, quick
+from random_transformers import random_transformer_pipeline
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from test_prune_and_quantize import FEW, transformer_pipeline
+from test_prune_and_quantize import FEW
 
 import prepare_unet_small
 import prune_and_quantize
@@ -21,6 +22,7 @@ from common.compression.quantization import quantize_pipeline
 from common.compression.students import student_config
 from common.errors import ModelError
 
+PACKED = "svdq-int4_r32-flux.1-dev.safetensors"
 RECOVERY = ["--finetune_steps", 1]
 MISTAKES = [  # kind of pipeline, flags, what is said
     ("sd", ["--transformer_prune_ratio", 0.5], "--transformer_prune_ratio: {model} has no transformer."),
@@ -52,7 +54,14 @@ MISTAKES = [  # kind of pipeline, flags, what is said
     ("sd", ["--calibration_prompts", "{folder}/none.txt"], "--calibration_prompts {folder}/none.txt can't be read"),
     ("sd", ["--dataset_name", "shapes", "--num_eval_images", 501], "--num_eval_images 501: there are 500 held-out"),
     ("int8", [], "its weights are quantized, INT8 (torchao), and can't be pruned"),
-    ("packed", [], "its weights are packed, 4-bit (svdquant), and can't be pruned"),
+    ("packed", [], "its weights are packed in 4 bits (svdquant), so nothing of it can be cut"),
+    (PACKED, [], "start from the unquantized model, black-forest-labs/FLUX.1-dev,"),
+    ("sd", ["--fp8_activations"], "--fp8_activations is about --export fp8: add it"),
+    (
+        "sd",
+        ["--precision", "fp8", "--fp8_activations"],
+        "--fp8_activations needs a CUDA GPU of compute capability 8.9",
+    ),
     ("sd", ["--importance", "reconstruction", "--no_compensation"], "leave out --no_compensation"),
     ("pickle.bin", [], "it is a pickle, which is never opened"),
     ("pickle.ckpt", [], "it is a pickle, which is never opened"),
@@ -65,13 +74,15 @@ def models(pipelines, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     found = {kind: folder / kind for kind in ("flux", "pixart", "int8", "packed", "pickle.bin", "pickle.ckpt")}
     for kind in ("flux", "pixart"):
-        transformer_pipeline(kind).save_pretrained(found[kind])
+        random_transformer_pipeline(kind).save_pretrained(found[kind])
     pipeline = random_pipeline("sd")
     quantize_pipeline(pipeline)
     pipeline.save_pretrained(found["int8"])
     shutil.copytree(pipelines(), found["packed"])
     packed = {"blocks.0.qkv.qweight": torch.zeros(2, 2, dtype=torch.int8), "blocks.0.qkv.wscales": torch.zeros(2)}
     save_file(packed, found["packed"] / "unet" / "diffusion_pytorch_model.safetensors")
+    found[PACKED] = folder / PACKED
+    save_file(packed, found[PACKED])
     for name in ("pickle.bin", "pickle.ckpt"):
         torch.save({"weight": torch.zeros(2)}, found[name])
     (folder / "loras").mkdir()
@@ -87,6 +98,7 @@ def test_mistakes_are_one_sentence_before_a_model_loads(models, tmp_path, capsys
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(prune_and_quantize, "load_pipeline", loaded)
+    monkeypatch.setattr("common.compression.quantized_folders.capability", lambda: (8, 6))
     wrong = [str(word).format(**models) for word in wrong]
     arguments = quick(lambda _: str(models[kind]), tmp_path / "out", *FEW, *wrong)
     error = error_of(prune_and_quantize, arguments, capsys)

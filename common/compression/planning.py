@@ -5,7 +5,8 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from common.compression.channels import COMPONENTS, KINDS, cost_of_unit, groups_of, units_kept
+from common.compression.channels import COMPONENTS, KINDS, cost_of_unit, count, groups_of, units_kept
+from common.compression.quantization import layers_of
 from common.errors import UsageError
 from common.pipelines import component_class
 
@@ -94,7 +95,13 @@ def plan_budget(args, models, planned):
     """How many parameters go in all, {component: n} or {"all": n} of all planned components. Raises UsageError."""
     if not (args.target_bytes or args.target_parameters):
         return planned_cut(models, planned)
-    sizes = {"fp16": 2, "int8": 1}
+    total = sum(count(models[component]) for component in planned)
+    linear = sum(
+        models[component].get_submodule(name).weight.numel()
+        for component in planned
+        for name in layers_of(models[component], kind="fp8")
+    )
+    sizes = {"fp16": 2, "int8": 1, "fp8": 2 - linear / max(total, 1)}
     return {"all": target_cut(args, models, planned, min((sizes[kind] for kind in args.export or ()), default=4))}
 
 

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from tqdm.auto import tqdm
 
 from common.compression import calibration, channels, planning, students
+from common.compression.quantized_folders import refuse_quantized
 from common.compression.report import plot_sensitivity
 from common.errors import UsageError
 from common.pipelines import load_pipeline
@@ -157,6 +158,7 @@ def create_pruned_pipeline(model_path, pruning_amount=0.3, method="magnitude"):
     kinds = {"magnitude": channels.KINDS, "structured": ("conv", "feed_forward"), "heads": ("attention",)}
     if method not in kinds:
         raise UsageError(f"method {method} is none of {', '.join(kinds)}.")
+    refuse_quantized(model_path, flag="model_path")
     pipeline = load_pipeline(model_path, flag="model_path")
     name = "unet" if hasattr(pipeline, "unet") else "transformer"
     model = getattr(pipeline, name)

@@ -89,7 +89,7 @@ def judge(run, name, source, captions, judges, contract, counted, original=None)
         if name.startswith("final-")
         else dtype_of(weight_files(source, "vae")[0]),
         **{key: sum(part[key] for part in parts.values()) for key in ("parameters", "bytes")},
-        "macs": sum(part.get("macs", 0) for part in parts.values()),
+        **({"macs": sum(part.get("macs", 0) for part in parts.values())} if counted else {}),
     }
     figures = results.judged(images, captions, *judges, None) if captions else {"per_image": {}}
     return results.rows_of(columns, figures, measured, [])[0], images, parts

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import shapes
+from common.compression.quantized_folders import is_packed
 from common.contract import comes_from_tiny_sd, pipeline_source, read_distillation, sampling_guidance
 from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id
 from common.model_files import file_metadata
-from common.pipelines import read_pipeline_config, resolution_of
+from common.pipelines import contract_of, read_pipeline_config, resolution_of
 from common.sampling import read_prompts_file
 from common.single_file import pipeline_folder
 
@@ -88,15 +89,17 @@ def plan_model(path, args):
         if len(files) == 1:
             raise UsageError(f"{where}: the folder holds one image, and statistics need two at least.")
         return Model(path, "images", args.resolution or min(open_file(files[0]).size), files=files)
-    if not folder.exists() and not is_hub_id(path):
+    if not folder.exists() and not is_hub_id(path) and not is_packed(path):
         raise UsageError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
     source = {"path": path, "revision": args.revision, "variant": args.variant}
-    return plan_sampling(Model(path, "pipeline", native_size(source, args), source, read_distillation(path)), args)
+    size = native_size(source, args, transformers=True)
+    return plan_sampling(Model(path, "pipeline", size, source, contract_of(path, args.revision, "--models")), args)
 
 
-def native_size(source, args):
-    """Pixels per side that a pipeline is sampled at."""
-    _, size, factor = read_pipeline_config(source["path"], source["revision"], flag="--models", quantized=True)
+def native_size(source, args, transformers=False):
+    """Pixels per side that a pipeline is sampled at; transformers: whether it may be one of FLUX, SD3 or PixArt."""
+    options = {"flag": "--models", "transformers": transformers, "quantized": True}
+    _, size, factor = read_pipeline_config(source["path"], source["revision"], **options)
     size = resolution_of(args, size, f"--models {source['path']}")
     if size % factor:
         raise UsageError(f"--resolution {size} is not a multiple of {factor}, the factor of {source['path']}.")
