@@ -35,6 +35,7 @@ from common.checkpoint import FinalFolder
 from common.conditioning import (
     decode_latents,
     encode_empty_prompt,
+    encode_images,
     encode_images_with_gradient,
     encode_prompts,
     predict,
@@ -45,10 +46,10 @@ from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError
 from common.judging import results
-from common.judging.previews import image_diversity, image_grid, log_images
+from common.judging.previews import image_diversity, image_grid
 from common.lora import add_lora, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
-from common.particles import angles_of, look, make_student, pictures, save_volumes
+from common.particles import angles_of, look, make_student, pictures, save_volumes, show
 from common.pipelines import latent_shape, load_frozen, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     add("--lora_alpha", type=arguments.positive_float, help="of vsd: its scale is alpha / rank (default: 32)")
     add("--lora_targets", nargs="+", help="of vsd: UNet layers to adapt (default: to_q to_k to_v to_out.0)")
     add("--score_learning_rate", type=arguments.positive_float, help="of vsd: of the LoRA (default: 1e-3)")
-    arguments.add_optimization_arguments(parser, learning_rate=0.1, train_batch_size=None, max_train_steps=200)
+    arguments.add_optimization_arguments(parser, learning_rate=0.1, train_batch_size=None, max_train_steps=150)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/sds")
     add = parser.add_argument_group("progress and judging").add_argument
     add("--validation_steps", type=arguments.positive_int, default=50, help="show the images every so many steps")
@@ -174,6 +175,11 @@ def timestep_weights(schedule, timesteps, weighting):
 def distillation_loss(x, gradient):
     """0.5 |x - sg(x - g)|^2, the mean over B samples: a scalar whose gradient in x is g / B. Both (B, C, H, W)."""
     return 0.5 * (x - (x - gradient).detach()).square().sum(dim=(1, 2, 3)).mean()
+
+
+def score_loss(output, x, noise, timesteps, schedule):
+    """|o_psi - o|^2 of the LoRA's output at x's z_t, the mean: it learns how x is noised (arXiv:2305.16213, eq. 8)."""
+    return (output - schedule.target(x, noise, timesteps)).square().mean()
 
 
 def timestep_range(args, step, schedule):
@@ -253,7 +259,7 @@ def settle_method(args):
     tiny = comes_from_tiny_sd(args.pretrained_model_name_or_path)
     teacher = read_teacher(args, ("cfg", "baked") if args.loss in ("sds", "vsd") else ("cfg",))
     if args.negative_prompt is None:
-        args.negative_prompt = "" if tiny else NEGATIVE
+        args.negative_prompt = NEGATIVE if args.loss == "nfsd" and not tiny else ""
     args.render_size = args.render_size or min(args.resolution, 128)
     if args.render_size > args.resolution:
         raise UsageError(f"--render_size {args.render_size} is more than the --resolution of {args.resolution}.")
@@ -340,8 +346,7 @@ def main(args):
     read_prompts(args)
     guidance_scale = settle_method(args)
     judges = results.load_judges(args.clip_model, None, args.prompt, "cpu")
-    annealed = args.anneal_timesteps != "none"
-    run = open_run(args, follows_length=[f"--anneal_timesteps {args.anneal_timesteps}"] * annealed)
+    run = open_run(args, follows_length=["--anneal_timesteps"] * (args.anneal_timesteps != "none"))
     accelerator, volume, learned = run.accelerator, args.target == "volume", args.loss == "vsd"
 
     # 1 frozen models, in the compute dtype
@@ -356,6 +361,7 @@ def main(args):
     latent = not volume and args.parameterization == "latent"
     if not latent:  # what a gradient goes through, or is taken from
         vae.to(torch.float32)
+    encode = encode_images_with_gradient if args.pixel_gradient == "encoder" else encode_images
 
     # 2 trained, in fp32
     images = make_student(args, pipeline).to(run.device)
@@ -372,8 +378,8 @@ def main(args):
     optimizer = optimizer.optimizer  # no network in half precision is between the loss and what is optimised
     trained, networks = {"student": parameters}, [student]
     if learned:
-        own_rate = adamw(score_parameters, args, args.score_learning_rate)
-        score, score_optimizer = accelerator.prepare(teacher, own_rate)
+        own_adamw = adamw(score_parameters, args, args.score_learning_rate)
+        score, score_optimizer = accelerator.prepare(teacher, own_adamw)
         trained["score"], networks = score_parameters, [student, score]
     run.register(trained, {"student": ema})
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
@@ -399,7 +405,7 @@ def main(args):
                     rows = rows + view_of(*angles) * len(args.prompt) * args.view_prompts
                 else:
                     made = student(indices)
-                x = made if latent else encode_images_with_gradient(vae, made)
+                x = made if latent else encode(vae, made)
 
                 # teach
                 given, others = conditioning.rows(rows), (side.expand(len(samples)) for side in (empty, negative))
@@ -425,24 +431,20 @@ def main(args):
                     z = schedule.add_noise(x.detach(), noise[1], timesteps[1])
                     with accelerator.autocast():
                         output = predict(score, z, timesteps[1], given)
-                    target = schedule.target(x.detach(), noise[1], timesteps[1])
-                    score_loss = (output - target).square().mean()
-                    accelerator.backward(score_loss)
-                    run.add(score_loss=score_loss)
+                    loss = score_loss(output, x.detach(), noise[1], timesteps[1], schedule)
+                    accelerator.backward(loss)
+                    run.add(score_loss=loss)
                     clip(run, score_optimizer, score_parameters, "score")
                     update(run, score_optimizer, score_parameters, name="score")
         run.count(lr=learning_rate, highest_timestep=high)
         if run.validates():
             with ema.applied(parameters):
-                if accelerator.is_main_process:
-                    log_images(accelerator, run.folder, pictures(args, pipeline, images), args.prompt, run.step)
-            accelerator.wait_for_everyone()
+                show(run, pipeline, images)
         run.save()
 
     with ema.applied(parameters):
         figures = save_final(run, pipeline, images, judges, guidance_scale)
-    read = figures.get("scene_accuracy")
-    run.end(*[f"Scene accuracy: {read[0]:.3f} of {count}"] * bool(read))
+    run.end(*[f"{name}: {figures[name][0]:.3f}" for name in ("scene_accuracy", "clip_score") if name in figures])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ prompt's.
 import torch
 
 from common.conditioning import decode_latents
-from common.judging.previews import image_grid
+from common.judging.previews import image_grid, log_images
 from common.pipelines import latent_shape
 from common.randomness import sample_generator
 from common.sampling import default_batch_size
@@ -82,6 +82,14 @@ def pictures(args, pipeline, student, azimuth=0.0, elevation=0.0):
             pixels = pixels if student.pixels else decode_latents(pipeline.vae, pixels)
         made += pipeline.image_processor.postprocess(pixels, output_type="pil")
     return [made[start : start + args.num_images] for start in range(0, len(made), args.num_images)]
+
+
+def show(run, pipeline, student):
+    """samples/step-N.png and the trackers' picture, by the main process."""
+    if run.accelerator.is_main_process:
+        rows = pictures(run.args, pipeline, student)
+        log_images(run.accelerator, run.folder, rows, run.args.prompt, run.step)
+    run.accelerator.wait_for_everyone()
 
 
 def save_volumes(args, pipeline, student, names, folder):
