@@ -105,9 +105,7 @@ def parse_args(argv=None):
     add("--view_prompts", action="store_true", help="of volume: ', front view', ... by the camera behind the prompt")
     add = parser.add_argument_group("score distillation").add_argument
     add("--loss", choices=tuple(GUIDANCE), default="sds", help="see above")
-    add(
-        "--guidance_scale", type=arguments.weight, help="g (default: of sds 100, 7.5 for tiny-sd; of nfsd and vsd 7.5)"
-    )
+    add("--guidance_scale", type=arguments.weight, help="g (default: of sds 100, for tiny-sd 7.5; of the others 7.5)")
     add("--negative_prompt", help="of nfsd: what marks a bad score (default: the paper's; '' for tiny-sd)")
     add(
         "--weighting",

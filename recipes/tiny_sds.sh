@@ -21,5 +21,7 @@ done
 for gradient in decoder encoder; do
     optimize --held_out_captions 8 --parameterization pixels --pixel_gradient "$gradient" --output_dir "$out/$gradient"
 done
-optimize --held_out_captions 4 --target volume --output_dir "$out/volume"
+optimize --target volume --output_dir "$out/volume" \
+    --prompt "a large red circle on a white background" \
+    "a small red circle above a large blue square on a gray background"
 python recipes/plot_sds.py "$out"
