@@ -222,7 +222,7 @@ def check_arguments(args):
         ("negative_prompt", None, "--loss nfsd", args.loss == "nfsd"),
         ("guidance_scale", None, "a loss that has one: sds, nfsd or vsd", args.loss != "csd"),
     ):
-        if getattr(args, name) in (None, False):
+        if getattr(args, name) is None or getattr(args, name) is False:
             setattr(args, name, default)
         elif not there:
             raise UsageError(f"--{name} is about {of}: add that, or leave --{name} out.")
@@ -420,7 +420,7 @@ def main(args):
                 loss = distillation_loss(made, gradient)
                 # Times the images: each has then its own gradient, whatever others are in the batch.
                 (count * (loss + args.opacity_weight * opacity.mean()) / args.gradient_accumulation_steps).backward()
-                run.add(loss=loss, opacity=opacity.mean())
+                run.add(loss=loss, **({"opacity": opacity.mean()} if volume else {}))
                 clip(run, optimizer, parameters)
                 update(run, optimizer, parameters, ema)
 

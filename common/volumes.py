@@ -90,15 +90,14 @@ def view_of(azimuths, elevations):
 
 
 @torch.no_grad()
-def dense_points(volumes, index, size=64, least=0.5):
-    """(places (M, 3), colours uint8 (M, 3)) of one volume: the points of a size^3 grid that are dense.
-
-    Dense: opaque by `least` over the way of one grid spacing.
+def dense_points(volumes, index, size=64):
+    """(places (M, 3), colours uint8 (M, 3)) of one volume: the points of a size^3 grid that are dense, which is a
+    density that hides half of what is behind a quarter's way.
     """
     line = torch.linspace(-1, 1, size, device=volumes.grid.device)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), dim=-1).view(1, -1, 3)
     density, color = volumes.field(torch.tensor([index], device=line.device), points)
-    kept = 1 - torch.exp(-density[0] * 2 / (size - 1)) >= least
+    kept = torch.exp(-density[0] / 4) <= 0.5
     return points[0, kept].cpu(), ((color[0, kept].cpu() + 1) * 127.5).round().to(torch.uint8)
 
 
