@@ -118,6 +118,11 @@ def guidance_embedding(pipeline, guidance_scales, unet):
 @torch.no_grad()
 def encode_images(vae, pixel_values):
     """Scaled latents (B, C, H / f, W / f), fp32, of pixels in [-1, 1]: the posterior's mean, so nothing is drawn."""
+    return encode_images_with_gradient(vae, pixel_values)
+
+
+def encode_images_with_gradient(vae, pixel_values):
+    """encode_images, for pixels that are optimised."""
     latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mode()
     shift = vae.config.get("shift_factor") or 0.0
     return (latents.float() - shift) * vae.config.scaling_factor

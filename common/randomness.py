@@ -17,6 +17,7 @@ STREAMS = {  # independent uses of one sample; a number, once used, is never giv
     "discriminator": 6,  # the noise that a discriminator looks through
     "calibration": 7,  # of pruning: what a pipeline is sampled from to be calibrated, and directions of Taylor terms
     "report": 8,  # the noise that a report's images start from
+    "particles": 9,  # what images and volumes start as that scores are distilled into
 }
 
 

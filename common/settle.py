@@ -71,13 +71,14 @@ def check_tracker(args):
 
 def use_embedded_default(args, needs_data=True):
     """With no model and no data: tiny-sd and shapes, said in one line. With a foreign model alone: UsageError."""
-    no_data, said = args.data_dir is None and args.dataset_name is None, None
+    takes_data, said = hasattr(args, "data_dir"), None
+    no_data = takes_data and args.data_dir is None and args.dataset_name is None
     if args.pretrained_model_name_or_path is None:
         args.pretrained_model_name_or_path = str(TINY_SD)
         if no_data:
             args.dataset_name = "shapes"
             said = "No model and no data given: using the embedded assets/tiny-sd and rendered shapes."
-        elif args.dataset_name != "shapes":
+        elif not takes_data or args.dataset_name != "shapes":
             said = f"No --pretrained_model_name_or_path: the teacher is the embedded {TINY_SD.name}."
     elif no_data and comes_from_tiny_sd(args.pretrained_model_name_or_path):
         args.dataset_name = "shapes"

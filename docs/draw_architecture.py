@@ -25,7 +25,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "make a model": "prepare_unet_small\nprepare_tiny_sd",
             "fewer steps": "train_flash_lora\ntrain_lcm\ntrain_progressive\ntrain_add",
             "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd\nprune_and_quantize",
-            "use and judge": "inference\nevaluate\nexport",
+            "use and judge": "inference  evaluate\nexport\noptimize_sds",
         },
     ),
     (
@@ -34,7 +34,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         3.4,
         1.53,
         {
-            "a run": "settle  run\noutputs  sampling\nsingle_file",
+            "a run": "settle  run  outputs\nsampling  particles\nsingle_file",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
             "lora_conversion  lora_check",
@@ -60,7 +60,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.27,
         {
             "data": "shapes  texts  images\ndata_formats  data",
-            "mathematics": "diffusion  optimization\nema  randomness",
+            "mathematics": "diffusion  optimization\nema  randomness  volumes",
             "flags, mistakes": "arguments\nerrors",
         },
     ),
