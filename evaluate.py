@@ -39,9 +39,15 @@ from common.contract import TINY_SD
 from common.errors import UsageError
 from common.judging import metrics, results
 from common.judging.image_sets import open_file, real_features, sharded, to_pixels
-from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
+from common.judging.planning import (
+    NUM_IMAGES,
+    bytes_on_disk,
+    check_captions,
+    plan_captions,
+    plan_models,
+    plan_real_images,
+)
 from common.judging.previews import image_grid
-from common.model_files import weight_files
 from common.pipelines import keep_vae_right, load_pipeline
 from common.randomness import sample_generator
 from common.run import run_script
@@ -200,10 +206,7 @@ def sizes_of(model, pipeline):
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     text = counts["text_encoder"] + counts.get("text_encoder_2", 0)
-    files = [file for name in parts for file in weight_files(model.pipeline, name)]
-    if model.kind == "lora":
-        files.append(Path(model.path) / "pytorch_lora_weights.safetensors")
-    sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
+    sizes = (counts["unet"], text, counts["vae"], sum(counts.values()), bytes_on_disk(model, parts))
     return dict(zip(SIZES, sizes))
 
 
