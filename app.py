@@ -41,6 +41,7 @@ from common.contract import TINY_SD, comes_from_tiny_sd, sampling_guidance
 from common.errors import UsageError, UserError, first_line
 from common.judging.planning import Model, bytes_on_disk, plan_model
 from common.judging.previews import image_difference, image_grid
+from common.lora import check_lora_path
 from common.outputs import find_outputs
 from common.pipelines import keep_vae_right, load_pipeline
 from common.randomness import sample_generator
@@ -52,7 +53,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT = "a small red circle above a large blue square on a white background"  # of the vocabulary of tiny-sd
 MOST_STEPS, MOST_CHARACTERS, MOST_ROWS, MOST_WAITING = 100, 2000, 20, 32
 LARGEST_SEED = 2**53 - 1  # the largest whole number that a browser holds exactly
-OUT_OF_MEMORY = "out of GPU memory; start again with --max_loaded 1, --cpu_offload or what else --help says of memory"
 CSS = """
 .picture img {width: 100%; height: 100%; object-fit: contain} .small img {image-rendering: pixelated}
 #status {min-height: 3.5em} footer {display: none !important}
@@ -176,6 +176,7 @@ def load(shown, args):
     dtype = DTYPES.get(args.dtype, torch.float32)
     pipeline = load_pipeline(dtype=torch.float32 if later else dtype, flag="the model", **model.pipeline)
     if model.kind == "lora":
+        check_lora_path(model.path, "the model")  # it may be gone by now
         pipeline.scheduler = saved_scheduler(model.path)
         load_converted(pipeline, model.path, path, fuse=args.dtype == "int8", flag="the model")
     if shown.pruning_amount:
@@ -315,6 +316,15 @@ class Column:
     difference: gr.Image
 
 
+def in_a_sentence(error, shown):
+    """What became of a model of the page that made no image; it names the model."""
+    if isinstance(error, torch.OutOfMemoryError):
+        said = "out of GPU memory: start again with --max_loaded 1, --cpu_offload or the slicing flags"
+    else:
+        said = first_line(error)
+    return f"{said}." if shown.model.path in said else f"{shown.name}: {said}."
+
+
 def build_column(shown, number, visible):
     """The Column of a model. Its sliders move what its contract leaves free."""
     contract, steps = shown.model.contract, shown.model.steps[0]
@@ -328,7 +338,7 @@ def build_column(shown, number, visible):
         words = gr.Markdown()
         info = f"trained for {trained}" if trained else "any number"
         steps = gr.Slider(1, max(MOST_STEPS, steps), steps, step=1, label="Steps", info=info, elem_classes="steps")
-        value, most = shown.model.guidance_scale, 1 if baked else max(15, shown.model.guidance_scale)
+        value, most = shown.model.guidance_scale, max(15, shown.model.guidance_scale)
         free = {"interactive": not baked, "info": said[kind], "elem_classes": "guidance"}
         guidance = gr.Slider(1, most, value, step=0.1, label="Guidance", **free)
         picture["elem_classes"] = [*picture["elem_classes"], "difference"]
@@ -366,7 +376,6 @@ def build_page(models, args, folder):
             try:
                 prompt, seed = read_request(prompt, seed, chosen)
             except UsageError as error:
-                gr.Warning(str(error))
                 yield {status: str(error)}
                 return
             yield {status: "", **{part: None for c in columns for part in (c.image, c.words, c.difference)}}
@@ -378,9 +387,7 @@ def build_page(models, args, folder):
                 try:
                     image, figures = loaded.sample(shown, prompt, seed, steps, guidance_scale, progress)
                 except (UserError, OSError, torch.OutOfMemoryError) as error:
-                    out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                    failed.append(f"{shown.name}: {OUT_OF_MEMORY if out_of_memory else first_line(error)}.")
-                    gr.Warning(failed[-1])
+                    failed.append(in_a_sentence(error, shown))
                     yield {column.words: f"**No image.** {failed[-1]}"}
                     continue
                 shown_too = {}
@@ -390,7 +397,7 @@ def build_page(models, args, folder):
                 results.append({"model": shown.name, **figures, "image": image})
                 yield {column.image: image, column.words: in_words(figures), **shown_too}
             count = "1 image" if len(results) == 1 else f"{len(results)} images"
-            said = f"{count} in {time.perf_counter() - began:.1f} s, loading included."
+            said = f"{count} of seed {seed} in {time.perf_counter() - began:.1f} s, loading included."
             done = {status: " ".join([said, *failed])}
             if results:
                 history = history or {"rows": [], "folder": tempfile.mkdtemp(dir=folder)}
