@@ -19,6 +19,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -26,9 +27,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import gradio as gr
 import torch
-from gradio.tunneling import CURRENT_TUNNELS
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -49,6 +48,13 @@ from common.run import run_script
 from common.sampling import place, sample_timed, settle_device
 from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
 
+try:
+    import gradio as gr
+    from gradio.tunneling import CURRENT_TUNNELS
+except ModuleNotFoundError as missing:
+    print(f"error: app.py needs {missing.name}: ./run.sh installs it; by hand, see the README.", file=sys.stderr)
+    sys.exit(2)
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROMPT = "a small red circle above a large blue square on a white background"  # of the vocabulary of tiny-sd
 MOST_STEPS, MOST_CHARACTERS, MOST_ROWS, MOST_WAITING = 100, 2000, 20, 32
@@ -67,11 +73,7 @@ def parse_args(argv=None):
     add("--revision", help="revision of hub ids (default: of a LoRA's pipeline, as recorded)")
     add("--variant", help="file variant of the pipelines, such as fp16 (default: of a LoRA's, as recorded)")
     add("--resolution", type=arguments.positive_int, help="pixels per side (default: each model's own)")
-    add(
-        "--pruning_amount",
-        type=arguments.fraction,
-        help="beside each pipeline (default: tiny-sd), show it with this share of its UNet pruned by size",
-    )
+    add("--pruning_amount", type=arguments.fraction, help="show each pipeline also with this share of its UNet pruned")
     add(
         "--pruning_method",
         choices=tuple(METHODS),
@@ -358,8 +360,7 @@ def build_page(models, args, folder):
             prompt = gr.Textbox(first, label="Prompt", scale=5, elem_id="prompt")
             seed = gr.Number(args.seed, label="Seed", scale=1, elem_id="seed")
             button = gr.Button("Generate", variant="primary", scale=1, elem_id="generate")
-        said = "Models (the others are compared with the first)"
-        chosen = gr.CheckboxGroup(names, value=opened, label=said, elem_id="models")
+        chosen = gr.CheckboxGroup(names, value=opened, label="Models, compared with the first", elem_id="models")
         status = gr.Markdown(elem_id="status")
         with gr.Row():
             columns = [build_column(shown, n, shown.name in opened) for n, shown in enumerate(models)]
@@ -410,8 +411,7 @@ def build_page(models, args, folder):
             yield done
 
         private = {"api_visibility": "private"}
-        boxes = [column.box for column in columns]
-        chosen.change(show, chosen, boxes, queue=False, show_progress="hidden", **private)
+        chosen.change(show, chosen, [c.box for c in columns], queue=False, show_progress="hidden", **private)
         gr.on(
             [button.click, prompt.submit],
             compare,

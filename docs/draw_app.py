@@ -1,7 +1,7 @@
 """Draw docs/images/app.png: the page of app.py in a headless Chromium, tiny-sd beside what is named.
 
-    accelerate launch train_flash_lora.py --num_ddim_steps 4 --max_steps 100 --batch_size 8 --export int8 --run_name app
-    python docs/draw_app.py outputs/app/lora/final outputs/app/lora/final-int8
+accelerate launch train_flash_lora.py --num_ddim_steps 4 --max_steps 100 --batch_size 8 --export int8 --run_name app
+python docs/draw_app.py outputs/app/lora/final outputs/app/lora/final-int8
 """
 
 import shutil
