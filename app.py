@@ -126,9 +126,8 @@ def check_arguments(args):
     try:
         socket.create_server((args.host, args.port)).close()
     except OSError as error:
-        why = (
-            "is taken by another program" if error.errno == errno.EADDRINUSE else f"of --host {args.host} can't be had"
-        )
+        taken = error.errno == errno.EADDRINUSE
+        why = "is taken by another program" if taken else f"of --host {args.host} can't be had"
         raise UsageError(f"--port {args.port} {why}: choose another one.") from None
 
 
@@ -386,7 +385,7 @@ def build_page(models, args, folder):
                     continue
                 steps, guidance_scale = sliders[2 * number : 2 * number + 2]
                 try:
-                    image, figures = loaded.sample(shown, prompt, seed, steps, guidance_scale, progress)
+                    image, figures = loaded.sample(shown, prompt, seed, int(steps), guidance_scale, progress)
                 except (UserError, OSError, torch.OutOfMemoryError) as error:
                     failed.append(in_a_sentence(error, shown))
                     yield {column.words: f"**No image.** {failed[-1]}"}
