@@ -39,10 +39,15 @@ from common.contract import TINY_SD
 from common.errors import UsageError
 from common.judging import metrics, planning, results
 from common.judging.image_sets import open_file, real_features, sharded, to_pixels
-from common.judging.planning import NUM_IMAGES, check_captions, plan_captions, plan_models, plan_real_images
+from common.judging.planning import (
+    NUM_IMAGES,
+    bytes_on_disk,
+    check_captions,
+    plan_captions,
+    plan_models,
+    plan_real_images,
+)
 from common.judging.previews import image_grid
-from common.lora import lora_file
-from common.model_files import weight_files
 from common.pipelines import keep_vae_right, load_pipeline
 from common.randomness import sample_generator
 from common.run import run_script
@@ -207,10 +212,7 @@ def sizes_of(model, pipeline):
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     text = sum(count for name, count in counts.items() if name.startswith("text_encoder"))
     denoiser = counts["unet" if "unet" in counts else "transformer"]
-    files = [file for name in parts for file in weight_files(model.pipeline, name)]
-    if model.kind == "lora":
-        files.append(lora_file(model.path))
-    sizes = (denoiser, text, counts["vae"], sum(counts.values()), sum(file.stat().st_size for file in files))
+    sizes = (denoiser, text, counts["vae"], sum(counts.values()), bytes_on_disk(model, parts))
     return dict(zip(SIZES, sizes))
 
 

@@ -48,7 +48,15 @@ from common.lora import check_lora_path
 from common.pipelines import image_to_image, keep_vae_right, load_pipeline, resolution_of
 from common.randomness import sample_generator
 from common.run import run_script
-from common.sampling import check_prompts, default_batch_size, read_prompts_file, sample_timed, slug
+from common.sampling import (
+    check_prompts,
+    default_batch_size,
+    place,
+    read_prompts_file,
+    sample_timed,
+    settle_device,
+    slug,
+)
 from common.schedulers import ddim_scheduler, list_timesteps, saved_scheduler, scheduler_for, student_scheduler
 from common.single_file import pipeline_folder
 
@@ -108,14 +116,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--outdir", default="outputs/inference", help="where images, grids and results go")
     add("--save_images", type=int, help="images saved per configuration (default: all up to 200, else the first 64)")
-    add = parser.add_argument_group("runtime").add_argument
-    add("--device", help="default: cuda where there is one, else cpu")
+    add = arguments.add_device_arguments(parser).add_argument
     add("--dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: fp16 on CUDA, else fp32")
     add("--torch_compile", action="store_true", help="compile the UNet")
-    add("--attention_slicing", action="store_true", help="attention in slices: less memory, slower")
-    add("--vae_slicing", action="store_true", help="decode one image at a time")
-    add("--vae_tiling", action="store_true", help="decode in tiles: for large images")
-    add("--cpu_offload", action="store_true", help="keep on the GPU only the model that runs (CUDA)")
     return parser.parse_args(argv)
 
 
@@ -139,16 +142,7 @@ def check_arguments(args):
         raise UsageError(f"--resolution {args.resolution} is not a multiple of 8.")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UsageError(f"--output_dir {args.output_dir} is a file, not a folder.")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = args.device.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps") or not (kind == "cpu" or getattr(torch, kind).is_available()):
-        raise UsageError(f"--device {args.device}: torch has no such device here.")
-    if args.dtype == "auto":
-        args.dtype = "fp16" if kind == "cuda" else "fp32"
-    if args.dtype == "fp16" and kind == "cpu":
-        raise UsageError("--dtype fp16 needs a GPU: use fp32 or bf16.")
-    if args.cpu_offload and kind != "cuda":
-        raise UsageError("--cpu_offload needs a CUDA GPU: leave it out.")
+    settle_device(args)
 
 
 @dataclass
@@ -231,18 +225,9 @@ def load_model(source, args, lora=None):
     keep_vae_right(pipeline)
     if lora:
         load_converted(pipeline, lora, source["path"], args.lora_scale, args.fuse_lora)
-    if args.attention_slicing:
-        pipeline.enable_attention_slicing()
-    if args.vae_slicing:
-        pipeline.vae.enable_slicing()
-    if args.vae_tiling:
-        pipeline.vae.enable_tiling()
     if args.torch_compile:
         getattr(pipeline, "unet", getattr(pipeline, "transformer", None)).compile()
-    if args.cpu_offload:
-        pipeline.enable_model_cpu_offload(device=args.device)
-    else:
-        pipeline.to(args.device)
+    place(pipeline, args)
     return pipeline
 
 

@@ -243,6 +243,18 @@ def add_preference_model(add):
     )
 
 
+def add_device_arguments(parser):
+    """Where a pipeline is sampled, in how little memory: for sampling.settle_device and sampling.place."""
+    group = parser.add_argument_group("runtime")
+    add = group.add_argument
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--attention_slicing", action="store_true", help="attention in slices: less memory, slower")
+    add("--vae_slicing", action="store_true", help="decode one image at a time")
+    add("--vae_tiling", action="store_true", help="decode in tiles: for large images")
+    add("--cpu_offload", action="store_true", help="keep on the GPU only the model that runs (CUDA)")
+    return group
+
+
 def add_runtime_arguments(parser):
     group = parser.add_argument_group("runtime")
     add = group.add_argument

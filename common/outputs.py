@@ -4,6 +4,7 @@ Nothing is called done before it was reopened from disk and compared with what i
 """
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +24,8 @@ from common.lora import WEIGHTS, is_hub_id, merge_lora, save_lora
 from common.pipelines import load_pipeline
 from common.schedulers import saved_scheduler
 from common.workflows import WORKFLOW, elsewhere, files_of, settings_of, workflow, write_workflow
+
+_OUTPUT = re.compile(r"final(-\w+)?|best")  # what runs call that which is for use
 
 
 def save_student(run, parts, scheduler, contract, title, notes, name="final", source=None, manifest=None):
@@ -112,6 +115,17 @@ def carry_manifest(sources, folder):
     found = [Path(source) / MANIFEST for source in sources if (Path(source) / MANIFEST).is_file()]
     if found:
         shutil.copy(found[0], folder)
+
+
+def find_outputs(folder):
+    """Paths, sorted, of the outputs anywhere in a folder: pipelines, and LoRAs with their contract; no checkpoints."""
+    found = []
+    for path in sorted(Path(folder).rglob("*/")):
+        named = _OUTPUT.fullmatch(path.name) and not any(part.startswith("checkpoint-") for part in path.parts)
+        pipeline = (path / "model_index.json").is_file()
+        if named and (pipeline or ((path / WEIGHTS).is_file() and (path / CONTRACT).is_file())):
+            found.append(str(path))
+    return found
 
 
 def open_output(folder):

@@ -1,4 +1,4 @@
-"""Sampling as saved: prompts, and one timed call. What inference.py and evaluate.py share."""
+"""Sampling as saved: prompts, the device, and one timed call. What inference.py, evaluate.py and app.py share."""
 
 import re
 import time
@@ -14,6 +14,34 @@ from common.texts import read_records, read_text, record_captions
 def default_batch_size(resolution):
     """Images per call that fit a small GPU: tiny-sd's by the score, SD1.5's and SDXL's by the few."""
     return 64 if resolution <= 64 else 8 if resolution <= 512 else 4
+
+
+def settle_device(args):
+    """The defaults of --device and --dtype; UsageError where they or --cpu_offload ask for what is not here."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = args.device.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps") or not (kind == "cpu" or getattr(torch, kind).is_available()):
+        raise UsageError(f"--device {args.device}: torch has no such device here.")
+    if args.dtype == "auto":
+        args.dtype = "fp16" if kind == "cuda" else "fp32"
+    if args.dtype == "fp16" and kind == "cpu":
+        raise UsageError("--dtype fp16 needs a GPU: use fp32 or bf16.")
+    if args.cpu_offload and kind != "cuda":
+        raise UsageError("--cpu_offload needs a CUDA GPU: leave it out.")
+
+
+def place(pipeline, args):
+    """Put a pipeline on --device, with the flags of add_device_arguments that save memory."""
+    if args.attention_slicing:
+        pipeline.enable_attention_slicing()
+    if args.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if args.cpu_offload:
+        pipeline.enable_model_cpu_offload(device=args.device)
+    else:
+        pipeline.to(args.device)
 
 
 def slug(text):

@@ -25,7 +25,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "make a model": "prepare_unet_small\nprepare_tiny_sd",
             "fewer steps": "train_flash_lora\ntrain_lcm\ntrain_progressive\ntrain_add",
             "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd\nprune_and_quantize",
-            "use and judge": "inference  evaluate\nexport\noptimize_sds",
+            "use and judge": "inference  evaluate\nexport  app\noptimize_sds",
         },
     ),
     (

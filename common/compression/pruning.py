@@ -136,6 +136,8 @@ def replay(args, run, pipeline, planned, kept, number):
 
 # From Python, without the script.
 
+METHODS = {"magnitude": channels.KINDS, "structured": ("conv", "feed_forward"), "heads": ("attention",)}
+
 
 def apply_magnitude_pruning(model, amount=0.3, pattern="unstructured"):
     """Set `amount`, in [0, 1), of the weights of a model's prunable layers to zero, in place; returns the model.
@@ -155,11 +157,15 @@ def create_pruned_pipeline(model_path, pruning_amount=0.3, method="magnitude"):
     (channels of resnets and feed-forwards go) or "heads" (attention heads go). For importance, compensation, recovery
     and the rest of the pipeline there is prune_and_quantize.py. Raises UsageError and ModelError.
     """
-    kinds = {"magnitude": channels.KINDS, "structured": ("conv", "feed_forward"), "heads": ("attention",)}
-    if method not in kinds:
-        raise UsageError(f"method {method} is none of {', '.join(kinds)}.")
+    if method not in METHODS:
+        raise UsageError(f"method {method} is none of {', '.join(METHODS)}.")
     refuse_quantized(model_path, flag="model_path")
-    pipeline = load_pipeline(model_path, flag="model_path")
+    return prune_pipeline(load_pipeline(model_path, flag="model_path"), pruning_amount, method)
+
+
+def prune_pipeline(pipeline, pruning_amount, method):
+    """Prune the UNet or transformer of a loaded pipeline, in place: see create_pruned_pipeline."""
+    kinds = METHODS[method]
     name = "unet" if hasattr(pipeline, "unet") else "transformer"
     model = getattr(pipeline, name)
     if method == "magnitude":
@@ -169,7 +175,7 @@ def create_pruned_pipeline(model_path, pruning_amount=0.3, method="magnitude"):
         raise UsageError(f"pruning_amount {pruning_amount} is not in [0, 1).")
     kept = {}
     for group in channels.groups_of(model):
-        if group.kind in kinds[method]:
+        if group.kind in kinds:
             scores = channels.magnitude(model, group, order=2)
             kept[group.name] = channels.choose(scores, channels.units_kept(group, pruning_amount))
     channels.prune(model, kept)

@@ -12,8 +12,8 @@ from common.contract import comes_from_tiny_sd, pipeline_source, read_distillati
 from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
-from common.lora import check_lora_path, is_hub_id
-from common.model_files import file_metadata
+from common.lora import check_lora_path, is_hub_id, lora_file
+from common.model_files import file_metadata, weight_files
 from common.pipelines import contract_of, read_pipeline_config, resolution_of
 from common.sampling import read_prompts_file
 from common.single_file import pipeline_folder
@@ -65,20 +65,21 @@ def plan_models(args):
     return models
 
 
-def plan_model(path, args):
-    where, folder = f"--models {path}", Path(path)
+def plan_model(path, args, flag="--models"):
+    """The Model of a folder, file or hub id. Raises UsageError, in a sentence that begins with `flag` and the path."""
+    where, folder = f"{flag} {path}", Path(path)
     carries = "distillation" in file_metadata(path)  # a LoRA in one file, as export.py writes it
     if carries or not (folder / "model_index.json").is_file() and any(folder.glob("*.safetensors")):
-        if not check_lora_path(path, "--models"):
+        if not check_lora_path(path, flag):
             raise UsageError(
                 f"{where}: a LoRA without distillation.json does not say how it is sampled; inference.py "
                 "--lora_path takes it."
             )
         contract = read_distillation(path)
         source = pipeline_source(args, contract, path)
-        return plan_sampling(Model(path, "lora", native_size(source, args), source, contract), args)
+        return plan_sampling(Model(path, "lora", native_size(source, args, flag), source, contract), args)
     if folder.is_file():
-        path = pipeline_folder(path, "--models")
+        path = pipeline_folder(path, flag)
         folder = Path(path)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         files = image_files(folder)
@@ -92,18 +93,26 @@ def plan_model(path, args):
     if not folder.exists() and not is_hub_id(path) and not is_packed(path):
         raise UsageError(f"{where}: there is no such folder, and it is not a hub id (owner/name) either.")
     source = {"path": path, "revision": args.revision, "variant": args.variant}
-    size = native_size(source, args, transformers=True)
-    return plan_sampling(Model(path, "pipeline", size, source, contract_of(path, args.revision, "--models")), args)
+    size = native_size(source, args, flag, transformers=True)
+    return plan_sampling(Model(path, "pipeline", size, source, contract_of(path, args.revision, flag)), args)
 
 
-def native_size(source, args, transformers=False):
+def native_size(source, args, flag, transformers=False):
     """Pixels per side that a pipeline is sampled at; transformers: whether it may be one of FLUX, SD3 or PixArt."""
-    options = {"flag": "--models", "transformers": transformers, "quantized": True}
+    options = {"flag": flag, "transformers": transformers, "quantized": True}
     _, size, factor = read_pipeline_config(source["path"], source["revision"], **options)
-    size = resolution_of(args, size, f"--models {source['path']}")
+    size = resolution_of(args, size, f"{flag} {source['path']}")
     if size % factor:
         raise UsageError(f"--resolution {size} is not a multiple of {factor}, the factor of {source['path']}.")
     return size
+
+
+def bytes_on_disk(model, parts):
+    """Bytes of the weight files of a pipeline's models `parts` (names), and of the LoRA on it."""
+    files = [file for name in parts for file in weight_files(model.pipeline, name)]
+    if model.kind == "lora":
+        files.append(lora_file(model.path))
+    return sum(file.stat().st_size for file in files)
 
 
 def plan_sampling(model, args):

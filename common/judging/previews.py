@@ -88,6 +88,18 @@ def _short(label, limit=60):
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
+def image_difference(image, other, brightness=4):
+    """(PIL picture of |image - other|, brightened to be seen; its mean before that, in 0 to 255) of two PIL images.
+
+    (None, None) where their sizes differ.
+    """
+    if image.size != other.size:
+        return None, None
+    a, b = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (image, other))
+    distance = np.abs(a - b)
+    return Image.fromarray((distance * brightness).clip(0, 255).astype(np.uint8)), float(distance.mean())
+
+
 def image_diversity(rows):
     """How much the images of one prompt differ: the mean over pairs of their root mean square distance, in [0, 1].
 
