@@ -22,7 +22,7 @@ from common.contract import TINY_SD
 from common.errors import UsageError
 from common.judging import metrics
 
-METRICS = ("clip_score", "r_precision", "scene_accuracy")
+METRICS = ("clip_score", "r_precision", "scene_accuracy", "class_accuracy")
 COLUMNS = (
     "configuration",
     "role",
@@ -52,12 +52,15 @@ TABLE = (  # what print_table shows: heading, column, how its value is written
     ("kept", "r_precision_retention", "{:.1%}".format),
     ("scene accuracy", "scene_accuracy", "{:.3f}".format),
     ("kept", "scene_accuracy_retention", "{:.1%}".format),
+    ("class accuracy", "class_accuracy", "{:.3f}".format),
+    ("kept", "class_accuracy_retention", "{:.1%}".format),
     ("Fréchet (CLIP)", "frechet_clip", "{:.2f}".format),
     ("peak MiB", "peak_memory_mib", "{:.0f}".format),
 )
 
 QUALITY = {  # what `plot` draws, and which way is better
     "scene_accuracy": "scene accuracy (up)",
+    "class_accuracy": "class accuracy (up)",
     "r_precision": "R-precision (up)",
     "clip_score": "CLIP score (up)",
     "fid": "FID (down)",
@@ -102,8 +105,8 @@ def begin(outdir):
 def load_judges(clip_model, reader, captions, device):
     """(ClipJudge, SceneReader) for these captions, each None where there is none; a printed line says why.
 
-    `clip_model` and `reader` are those of the flags: a path, "none", or None for the default, which may be missing.
-    Raises UsageError where one that was asked for does not load.
+    The reader is one of scenes or of classes. `clip_model` and `reader` are those of the flags: a path, "none", or
+    None for the default, which may be missing. Raises UsageError where one that was asked for does not load.
     """
     drawn = all(shapes.scene_of(caption) for caption in captions)
     assets, clip_judge, scene_reader = TINY_SD.parent, None, None
@@ -123,8 +126,13 @@ def load_judges(clip_model, reader, captions, device):
             scene_reader = metrics.SceneReader.from_pretrained(name)
         except Exception:  # whatever the files can have wrong: OSError, ValueError, SafetensorError and others
             if reader:
-                raise UsageError(f"--reader {reader}: there is no scene reader in this folder.") from None
-    if drawn and scene_reader is None:
+                raise UsageError(f"--reader {reader}: there is no reader in this folder.") from None
+    classes = scene_reader is not None and scene_reader.captions  # that a class reader knows
+    if classes:
+        if unknown := next((caption for caption in captions if caption not in classes), None):
+            print(f"No class accuracy: --reader knows {len(classes)} captions, and not {unknown!r}.", flush=True)
+            scene_reader = None
+    elif drawn and scene_reader is None:
         print("No scene accuracy: " + ("--reader none." if reader else f"there is no reader in {name}."), flush=True)
     elif scene_reader is not None and not drawn:
         print("No scene accuracy: --reader judges captions of shapes, and not all of these are.", flush=True)
@@ -139,8 +147,9 @@ def judged(images, captions, clip_judge, reader, real_features):
         return metrics.judge_images(pixels, captions, clip_judge, reader, real_features)
     if reader is None:
         return {"per_image": {}}
-    right = metrics.scene_accuracy(reader, pixels, captions).tolist()
-    return {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+    per_image = {name: right.tolist() for name, right in metrics.read_back(reader, pixels, captions).items()}
+    intervals = {name: metrics.bootstrap_interval(right) for name, right in per_image.items()}
+    return {**intervals, "per_image": per_image}
 
 
 def rows_of(columns, figures, measured, prompts):
