@@ -49,7 +49,7 @@ from common.part_training import averaged_weights, train_part
 from common.pipelines import load_pipeline, load_whole
 from common.randomness import sample_generator
 from common.run import on_main_process, run_script
-from common.small_models import WIDTHS, build_tokenizer, small_pipeline, to_image
+from common.small_models import VAE_WIDTHS, WIDTHS, build_tokenizer, small_pipeline, to_image
 from common.teacher_data import SCENES, Pictures
 from common.teacher_objectives import (
     ClipObjective,
@@ -63,7 +63,8 @@ from common.teacher_objectives import (
 PARTS = ("reader", "vision", "clip", "vae", "unet", "decoder", "pipeline", "report")
 # By what the figures of a work folder are decided: run again with others of these, its checkpoints are not resumed.
 IDENTITY = ("data_dir", "dataset_name", "image_column", "caption_column", "caption_template", "resolution", "latents")
-IDENTITY += ("max_train_samples", "vae_path", "block_out_channels", "seed")
+IDENTITY += ("max_train_samples", "vae_path", "block_out_channels", "layers_per_block", "vae_block_out_channels")
+IDENTITY += ("seed",)
 PICTURES_ONLY = ("image_column", "caption_column", "resolution", "max_train_samples", "eval_data_dir", "vae_path")
 
 
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     add("--image_column", help="image column (default: the first that looks like one)")
     add("--caption_column", help="caption column (default: the first that looks like one)")
     add("--caption_template", default="a photo of a {label}", help="caption of a class-label set")
-    add("--resolution", type=arguments.positive_int, help="pixels per side, a multiple of 4 (default: 32)")
+    add("--resolution", type=arguments.positive_int, help="pixels per side, a multiple of 8 (default: 32)")
     add("--max_train_samples", type=arguments.positive_int, help="use only the first so many pictures")
     add("--vae_path", help="use this AutoencoderKL, a folder or hub id, instead of training one")
     add = parser.add_argument_group("training").add_argument
@@ -93,6 +94,14 @@ def parse_args(argv=None):
         nargs=3,
         default=list(WIDTHS),
         help="widths of the UNet's stages, multiples of 8",
+    )
+    add("--layers_per_block", type=arguments.positive_int, default=2, help="of the UNet; SD1.5 has 2")
+    add(
+        "--vae_block_out_channels",
+        type=arguments.positive_int,
+        nargs=3,
+        default=list(VAE_WIDTHS),
+        help="widths of the VAE's stages, multiples of 8",
     )
     add("--latents", type=arguments.positive_int, default=32768, help="training images encoded for the UNet, at most")
     add("--guidance_captions", type=arguments.positive_int, default=300, help="choose guidance on so many captions")
@@ -115,10 +124,14 @@ def check_arguments(args):
     args.work_dir = args.work_dir or (str(Path(args.output_dir) / "work") if own else "outputs/tiny_sd")
     if own:
         args.resolution = args.resolution or shapes.IMAGE_SIZE
-        if args.resolution % 4 or args.resolution < 16:
-            raise UsageError(f"--resolution {args.resolution} is not a multiple of 4, from 16 on.")
-    if any(width % 8 for width in args.block_out_channels):
-        raise UsageError(f"--block_out_channels {' '.join(map(str, args.block_out_channels))}: multiples of 8 only.")
+        if args.resolution % 8 or args.resolution < 16:
+            raise UsageError(
+                f"--resolution {args.resolution} is no multiple of 8 from 16 on, as stock pipelines need it: take 32 "
+                "for the 28 pixels of MNIST."
+            )
+    for name in ("block_out_channels", "vae_block_out_channels"):
+        if any(width % 8 for width in getattr(args, name)):
+            raise UsageError(f"--{name} {' '.join(map(str, getattr(args, name)))}: multiples of 8 only.")
     args.parts = [part for part in PARTS if part in args.parts]
     left_out = {"vision"} if own else set()
     left_out |= {"vae", "decoder"} if args.vae_path else set()
@@ -165,13 +178,17 @@ def given_vae(args):
     return vae
 
 
+def unet_shape(args):
+    return {"widths": args.block_out_channels, "layers": args.layers_per_block}
+
+
 def vae_factor(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def trained_vae(args, device, source, part="vae"):
     """The VAE as `part` left it, frozen, with the scaling factor that gives its latents unit standard deviation."""
-    objective = VaeObjective(source)
+    objective = VaeObjective(source, args.vae_block_out_channels)
     objective.load_state_dict(averaged_weights(args, part))
     vae = objective.model.to(device).eval().requires_grad_(False)
     pixels = source.samples(args.seed, range(min(1000, args.latents)))[0]
@@ -233,7 +250,7 @@ def write_pipeline(args, accelerator, tokenizer, vae, folders, source):
     weights, folder = averaged_weights(args, "unet"), folders["pipeline"]
     vae = vae or trained_vae(args, accelerator.device, source, "decoder")
     size = vae.config.latent_channels, *[source.size // vae_factor(vae)] * 2
-    objective = UNetObjective(tokenizer, torch.empty(1, *size), source=source, widths=args.block_out_channels)
+    objective = UNetObjective(tokenizer, torch.empty(1, *size), source=source, **unet_shape(args))
     objective.load_state_dict(weights)
     pipeline = build_pipeline(objective.eval(), vae).to(dtype=torch.float16)
     if accelerator.is_main_process:
@@ -345,14 +362,20 @@ def main(args):
         train("clip", objective, 32, 5e-4).model.half().save_pretrained(folders["clip"])
         tokenizer.save_pretrained(folders["clip"])
     if "vae" in args.parts:
-        train("vae", VaeObjective(source), 16, 1.5e-3, sample_vae)
+        train("vae", VaeObjective(source, args.vae_block_out_channels), 16, 1.5e-3, sample_vae)
     if "unet" in args.parts:
         encoder = vae or trained_vae(args, accelerator.device, source)
         cached = cached_latents(args, encoder, accelerator, source, args.seed + PARTS.index("unet"))
-        objective = UNetObjective(tokenizer, **cached, source=source, widths=args.block_out_channels)
+        objective = UNetObjective(tokenizer, **cached, source=source, **unet_shape(args))
         train("unet", objective, 64, 1e-3, functools.partial(sample_unet, vae=encoder))
     if "decoder" in args.parts:
-        train("decoder", DecoderObjective(averaged_weights(args, "vae"), source), 16, 1e-3, sample_vae)
+        train(
+            "decoder",
+            DecoderObjective(averaged_weights(args, "vae"), source, args.vae_block_out_channels),
+            16,
+            1e-3,
+            sample_vae,
+        )
     if "pipeline" in args.parts:
         write_pipeline(args, accelerator, tokenizer, vae, folders, source)
     if "report" in args.parts:

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from common import shapes
 
 MAX_TOKENS, MAX_WORDS = 20, 10000
-WIDTHS = (48, 96, 96)  # of the UNet's stages
+WIDTHS, VAE_WIDTHS = (48, 96, 96), (32, 64, 96)  # of the stages
 
 
 def build_tokenizer(captions=None):
@@ -84,7 +84,7 @@ def _text(tokenizer):
     )
 
 
-def build_vae(size=shapes.IMAGE_SIZE):
+def build_vae(size=shapes.IMAGE_SIZE, widths=VAE_WIDTHS):
     """An AutoencoderKL of factor 4."""
     model = AutoencoderKL(
         in_channels=3,
@@ -92,7 +92,7 @@ def build_vae(size=shapes.IMAGE_SIZE):
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=8,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=tuple(widths),
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
         sample_size=size,
@@ -100,14 +100,14 @@ def build_vae(size=shapes.IMAGE_SIZE):
     return model.to(memory_format=torch.channels_last)
 
 
-def build_unet(latent_shape, widths=WIDTHS):
+def build_unet(latent_shape, widths=WIDTHS, layers_per_block=2):
     """A UNet for latents of (channels, height, width)."""
     channels, size, _ = latent_shape
     return UNet2DConditionModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         block_out_channels=tuple(widths),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

@@ -14,6 +14,7 @@ from common import shapes
 from common.judging.metrics import SceneReader
 from common.randomness import sample_generator
 from common.small_models import (
+    VAE_WIDTHS,
     WIDTHS,
     build_clip,
     build_text_encoder,
@@ -126,9 +127,9 @@ class VaeObjective(nn.Module):
 
     NOISE = None  # the posterior's own
 
-    def __init__(self, source=SCENES):
+    def __init__(self, source=SCENES, widths=VAE_WIDTHS):
         super().__init__()
-        self.model, self.source = build_vae(source.size), source
+        self.model, self.source = build_vae(source.size, widths), source
 
     def forward(self, seed, step, indices, device):
         pixels = self.source.samples(seed, indices)[0].to(device)
@@ -146,8 +147,8 @@ class DecoderObjective(VaeObjective):
 
     NOISE = 0.2
 
-    def __init__(self, weights, source=SCENES):
-        super().__init__(source)
+    def __init__(self, weights, source=SCENES, widths=VAE_WIDTHS):
+        super().__init__(source, widths)
         self.load_state_dict(weights)
         self.model.encoder.requires_grad_(False)
         self.model.quant_conv.requires_grad_(False)
@@ -156,10 +157,10 @@ class DecoderObjective(VaeObjective):
 class UNetObjective(nn.Module):
     """Epsilon-prediction on the VAE's latents, min-SNR-5 weights, 10 % empty captions; trains the text encoder too."""
 
-    def __init__(self, tokenizer, latents=None, labels=None, source=SCENES, widths=WIDTHS):
+    def __init__(self, tokenizer, latents=None, labels=None, source=SCENES, widths=WIDTHS, layers=2):
         super().__init__()
         self.text_encoder = build_text_encoder(tokenizer)
-        self.unet = build_unet((4, 8, 8) if latents is None else latents.shape[1:], widths)
+        self.unet = build_unet((4, 8, 8) if latents is None else latents.shape[1:], widths, layers)
         self.tokenizer, self.source = tokenizer, source
         self.latents, self.labels = latents, labels  # (M, C, h, w), scaled, and (M, attributes) of training samples
         self.scheduler = train_scheduler()
