@@ -141,7 +141,10 @@ def test_captions_alike_are_not_told_apart(mnist):
 def test_class_accuracy(tmp_path):
     class Fake(torch.nn.Module):
         captions, size = CAPTIONS, 4
-        weight = torch.nn.Parameter(torch.zeros(1))
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, pixels):
             return {"caption": pixels[:, :, 0, 0]}
