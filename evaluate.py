@@ -55,6 +55,7 @@ from common.sampling import default_batch_size, sample_timed, slug
 from common.schedulers import list_timesteps, saved_scheduler, scheduler_for
 
 GRID_IMAGES = 8
+READ = ("scene_accuracy", "class_accuracy", "preference", "lpips")  # figures of judge_batch that need only the image
 SIZES = ("unet_parameters", "text_encoder_parameters", "vae_parameters", "parameters", "bytes_on_disk")
 COLUMNS = (
     *(name for name in results.COLUMNS if not name.startswith(("prompt", "peak_memory"))),
@@ -120,7 +121,7 @@ def parse_args(argv=None):
     add("--resolution", type=arguments.positive_int, help="pixels per side (default: each model's own)")
     add = parser.add_argument_group("judges").add_argument
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
-    add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
+    add("--reader", help="reader of scenes or of classes: folder or 'none' (default: tiny-reader for shapes)")
     arguments.add_preference_model(add)
     add("--inception_path", help="FID: torch-fidelity's Inception weights, a file or 'download' (default: no FID)")
     add("--lpips_trunk_path", help=f"{arguments.LPIPS_HELP} (default: no LPIPS)")
@@ -228,7 +229,8 @@ def judge_batch(images, captions, resolution, judges, reference):
     if judges.inception:
         found["inception"] = metrics.inception_features(judges.inception, pixels)
     if judges.reader:
-        found["scene_accuracy"] = metrics.scene_accuracy(judges.reader, pixels, captions).float()
+        read = metrics.read_back(judges.reader, pixels, captions)
+        found.update({name: right.float() for name, right in read.items()})
     if judges.preference:
         pooled = judges.preference.pooled_features(pixels)
         found["preference"] = metrics.preference_scores(judges.preference, pooled, captions)
@@ -241,7 +243,7 @@ def judge_batch(images, captions, resolution, judges, reference):
 
 def figures_of(gathered, captions, judges, real):
     """Figures of a configuration with intervals, for results.rows_of: on the main process, from all features."""
-    per_image = {name: gathered[name] for name in ("scene_accuracy", "preference", "lpips") if name in gathered}
+    per_image = {name: gathered[name] for name in READ if name in gathered}
     if captions and judges.clip:
         per_image.update(metrics.clip_figures(judges.clip, gathered["pooled"], captions))
     figures = {name: metrics.bootstrap_interval(values.double()) for name, values in per_image.items()}

@@ -111,7 +111,7 @@ def parse_args(argv=None):
     add("--baseline_steps", type=arguments.positive_int, default=50, help="DDIM steps of the baseline")
     add("--baseline_guidance_scale", type=float, help="teacher's guidance (default: what it was saved with, else 7.5)")
     add("--clip_model", help="CLIP that judges: folder, hub id or 'none' (default: tiny-clip for shapes, else none)")
-    add("--reader", help="scene reader that judges shapes captions: folder or 'none' (default: tiny-reader)")
+    add("--reader", help="reader of scenes or of classes: folder or 'none' (default: tiny-reader for shapes)")
     arguments.add_preference_model(add)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--outdir", default="outputs/inference", help="where images, grids and results go")

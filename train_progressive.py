@@ -8,10 +8,14 @@ there in one. With z_t = alpha_t x + sigma_t eps (pure noise at the last trainin
     x~  = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)    eq. (8): DDIM(z_t, x~) = z_s
     L   = |v^ - v~|^2 = |x^ - x~|^2 / sigma_t^2    or, --loss_space x,    max(SNR, 1) |x^ - x~|^2      eq. (9), (10)
 
+--stages names the students' steps where they are no halvings: a student of M steps then learns from K = N / M, rounded
+but two at least, DDIM steps of its teacher of N, on the timesteps of K M steps; K = 2 and M = N / 2 are the above.
+
 The student, which starts as its teacher, is the next stage's teacher. Classifier-free guidance goes into the first
 halving, and no later one; a teacher that has its guidance inside (train_guided.py) is never guided again.
 
     accelerate launch train_progressive.py --start_steps 32 --end_steps 4
+    accelerate launch train_progressive.py --start_steps 1000 --stages 500 250 125 64 32 16 8
     accelerate launch --multi_gpu --num_processes 8 train_progressive.py --data_dir coco --start_steps 512 \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16 \\
         --steps_per_stage 50000 --last_stages_steps 100000 --learning_rate 1e-4
@@ -58,7 +62,18 @@ def parse_args(argv=None):
         default=64,
         help="steps of the first teacher: those of the last student times a power of two",
     )
-    add("--num_inference_steps", "--end_steps", type=arguments.step_count, default=4, help="steps of the last student")
+    add(
+        "--num_inference_steps",
+        "--end_steps",
+        type=arguments.step_count,
+        help="steps of the last student (default: 4)",
+    )
+    add(
+        "--stages",
+        type=arguments.step_count,
+        nargs="+",
+        help="steps of the students, one stage each, where they are no halvings (default: halve down to --end_steps)",
+    )
     add("--steps_per_stage", type=arguments.positive_int, default=200, help="optimizer steps of a stage")
     add(
         "--last_stages_steps",
@@ -102,27 +117,50 @@ def progressive_loss(output, z, timesteps, z_next, next_timesteps, schedule, los
     return (weights * error.square().mean(dim=(1, 2, 3))).mean()
 
 
-def student_steps(start_steps, end_steps):
-    """Step counts of the students, stage by stage: [start / 2, ..., end]. Raises UsageError."""
+def student_steps(start_steps, end_steps, stages=None):
+    """Step counts of the students, stage by stage: `stages`, or [start / 2, ..., end]. Raises UsageError."""
+    if stages:
+        for teacher, student in zip([start_steps, *stages], stages):
+            if 3 * student > 2 * teacher:
+                raise UsageError(
+                    f"--stages: from {teacher} steps to {student} is no stage: a student has two thirds of its "
+                    "teacher's steps at most."
+                )
+            if teacher_steps_in_one(teacher, student) * student > 1000:
+                raise UsageError(
+                    f"--stages: from {teacher} steps to {student} the teacher would take "
+                    f"{teacher_steps_in_one(teacher, student) * student}, and the model has 1000 timesteps."
+                )
+        return list(stages)
     found = [end_steps]
     while 2 * found[0] < start_steps:
         found.insert(0, 2 * found[0])
     if 2 * found[0] != start_steps:
         raise UsageError(
             f"--start_steps {start_steps} is not --end_steps {end_steps} times a power of two: every "
-            "stage halves the steps."
+            "stage halves the steps; --stages names other ones."
         )
     return found
 
 
-def stage_grid(scheduler, teacher_steps, device="cpu"):
-    """(timesteps, mid-points, next timesteps) of a student with half of the teacher's steps: long (N / 2,) each.
+def teacher_steps_in_one(teacher_steps, steps):
+    """K: how many steps a teacher of `teacher_steps` takes where a student of `steps` takes one."""
+    return max(2, round(teacher_steps / steps))
 
-    The student's are those of the scheduler that will be saved with it; -1 is the clean end.
+
+def stage_grid(scheduler, teacher_steps, steps=None, device="cpu"):
+    """(timesteps, the K - 1 between, next timesteps) of a student of `steps` (default: half of the teacher's).
+
+    Long (steps,) each. The student's are those of the scheduler that will be saved with it; -1 is the clean end. Those
+    between are of the schedule of K steps for each of the student's: where the teacher has another number, its steps
+    are as near to its own in length as K allows, and some begin between two of its own timesteps.
     """
-    timesteps = student_timesteps(ddim_scheduler(scheduler, teacher_steps // 2), teacher_steps // 2)
-    between = student_timesteps(ddim_scheduler(scheduler, teacher_steps), teacher_steps)[1::2]
-    return [torch.tensor(times, device=device) for times in (timesteps, between, [*timesteps[1:], -1])]
+    steps = steps or teacher_steps // 2
+    each = teacher_steps_in_one(teacher_steps, steps)
+    timesteps = student_timesteps(ddim_scheduler(scheduler, steps), steps)
+    fine = student_timesteps(ddim_scheduler(scheduler, each * steps), each * steps)
+    between = [fine[place::each] for place in range(1, each)]
+    return [torch.tensor(times, device=device) for times in (timesteps, *between, [*timesteps[1:], -1])]
 
 
 def stage_lengths(args, stages):
@@ -149,10 +187,13 @@ def stage_at(step, lengths):
 
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; settle how many optimizer steps there are in all."""
+    if args.stages and args.num_inference_steps not in (None, args.stages[-1]):
+        raise UsageError(f"--end_steps {args.num_inference_steps}: --stages end at {args.stages[-1]}.")
+    args.num_inference_steps = args.stages[-1] if args.stages else args.num_inference_steps or 4
     start, end = args.start_steps, args.num_inference_steps
     if start <= end:
         raise UsageError(f"--start_steps {start} is not more than --end_steps {end}.")
-    total = sum(stage_lengths(args, len(student_steps(start, end))))
+    total = sum(stage_lengths(args, len(student_steps(start, end, args.stages))))
     args.max_train_steps = min(args.max_train_steps or total, total)
 
 
@@ -200,9 +241,9 @@ def draw(args, step, positions, latents, num_timesteps):
 
 @torch.no_grad()
 def teach(teacher, schedule, z, times, conditioning, unconditional, guidance_scale, timestep_cond=None):
-    """z_s (B, C, H, W): where two DDIM steps of the teacher take z.
+    """z_s (B, C, H, W): where the teacher's DDIM steps, two or more, take z.
 
-    times: timesteps, mid-points and next timesteps, each (B,). timestep_cond (B, dim): of a teacher that takes its
+    times: timesteps, those between and next timesteps, each (B,). timestep_cond (B, dim): of a teacher that takes its
     guidance scale as an input, which is not guided otherwise.
     """
     with without_adapters(teacher):
@@ -271,7 +312,7 @@ def main(args):
     from_contract = read_teacher(args, guidance=("cfg", "baked", "embedded"), few_steps=True)
     check_teacher(args, from_contract)
     guidance_scale, embedded = from_contract["guidance_scale"], from_contract["guidance"] == "embedded"
-    students = student_steps(args.start_steps, args.num_inference_steps)
+    students = student_steps(args.start_steps, args.num_inference_steps, args.stages)
     lengths = stage_lengths(args, len(students))
     dataset = load_dataset_from_args(args)
     run = open_run(args, staged=True)
@@ -281,7 +322,8 @@ def main(args):
     pipeline = load_frozen(args, run)
     teacher, vae = pipeline.unet, pipeline.vae
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
-    grids = [stage_grid(pipeline.scheduler, 2 * steps, run.device) for steps in students]
+    teachers = [args.start_steps, *students[:-1]]
+    grids = [stage_grid(pipeline.scheduler, *stage, run.device) for stage in zip(teachers, students)]
     schedulers = [ddim_scheduler(pipeline.scheduler, steps) for steps in students]
     kind, scale = ("embedded", guidance_scale) if embedded else ("baked", 1.0)
     contracts = [
@@ -314,7 +356,7 @@ def main(args):
         if args.lora_rank and merged != stage:
             teacher = None  # frees its memory first
             teacher, merged = merged_teacher(args, run, teacher_parameters), stage
-        run.bar.set_description(f"{2 * steps} -> {steps} steps", refresh=False)
+        run.bar.set_description(f"{teachers[stage]} -> {steps} steps", refresh=False)
         learning_rate = set_learning_rate(optimizer, learning_rate_at(inside, args, lengths[stage]))
         for batch in run.batches(loader):
             with accelerator.accumulate(student):
@@ -326,7 +368,7 @@ def main(args):
                     latents = torch.zeros(shape, device=run.device)
                 noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, steps)
                 times = [grid[slots] for grid in grids[stage]]
-                timesteps, _, next_timesteps = times
+                timesteps, next_timesteps = times[0], times[-1]
                 z = schedule.noisy_input(latents, noise, timesteps)
                 timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
                 with accelerator.autocast():

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from common.class_files import LabelledImages
 from common.data_formats import IMAGE_COLUMNS, find_image, load_named, read_data_dir, too_many
 from common.errors import DataError
 from common.images import ImageError, open_image
@@ -70,14 +71,14 @@ class CaptionedImages(torch.utils.data.Dataset):
         draws = torch.rand(4, generator=sample_generator(self.seed, step, position, stream="augmentation")).tolist()
         sample = {"position": position, "step": step}
         if self.needs_images:
-            index, image = self._first_readable(index)
+            index, image = self.first_readable(index)
             crop = (0.5, 0.5) if self.center_crop else draws[:2]
             sample["pixel_values"] = to_square(image, self.resolution, *crop, self.random_flip and draws[2] < 0.5)
         captions = self.captions(index)
         sample["caption"] = captions[int(draws[3] * len(captions))]
         return sample
 
-    def _first_readable(self, index):
+    def first_readable(self, index):
         """(index, RGB image) of the first readable sample from `index` on."""
         while True:
             if not self.unreadable[index]:
@@ -136,9 +137,7 @@ class TableDataset(CaptionedImages):
         column = _find_column(features, "--caption_column", args.caption_column, known, holds_caption, source)
         self.caption_column, feature = column, features[column]
         self.class_names = getattr(getattr(feature, "feature", feature), "names", None)
-        self.caption_template, self.folder = args.caption_template or "a photo of a {label}", folder
-        if "{label}" not in self.caption_template:
-            raise DataError(f"--caption_template {self.caption_template!r} has no {{label}}.")
+        self.caption_template, self.folder = _caption_template(args), folder
         if args.max_train_samples is not None:
             table = table.select(range(min(args.max_train_samples, len(table))))
         # A view for each column, so that a caption is read without its image.
@@ -197,6 +196,24 @@ class TableDataset(CaptionedImages):
         return self.caption_template.replace("{label}", self.class_names[value] if self.class_names else str(value))
 
 
+class LabelledDataset(CaptionedImages):
+    """Samples of class_files.LabelledImages, which lie in memory: an image and its class's caption."""
+
+    def __init__(self, args, content, needs_images, source):
+        kept = slice(args.max_train_samples)
+        self.images, self.labels, self.files = content.images[kept], content.labels[kept], content.files
+        self.class_names, self.caption_template = content.names, _caption_template(args)
+        super().__init__(args, len(self.images), needs_images, source)
+
+    def first_readable(self, index):
+        image = self.images[index]
+        return index, Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+
+    def captions(self, index):
+        label = int(self.labels[index])
+        return [self.caption_template.replace("{label}", self.class_names[label] if self.class_names else str(label))]
+
+
 class ShapesDataset(torch.utils.data.Dataset):
     """Rendered shapes: endless (`size` None) unless --max_train_samples ends it.
 
@@ -224,6 +241,13 @@ class ShapesDataset(torch.utils.data.Dataset):
             sample["pixel_values"] = pixels
         sample["caption"] = caption_of(scene)
         return sample
+
+
+def _caption_template(args):
+    template = args.caption_template or "a photo of a {label}"
+    if "{label}" not in template:
+        raise DataError(f"--caption_template {template!r} has no {{label}}.")
+    return template
 
 
 def _find_column(features, flag, asked, known, fits, source):
@@ -256,6 +280,8 @@ def load_dataset_from_args(args, needs_images=True):
         raise DataError(f"--data_dir {args.data_dir} can't be read ({error.strerror}: {error.filename}).") from None
     if isinstance(content, list):
         return FileDataset(args, content, needs_images, source)
+    if isinstance(content, LabelledImages):
+        return LabelledDataset(args, content, needs_images, source)
     return TableDataset(args, content, needs_images, source, folder)
 
 

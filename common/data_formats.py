@@ -8,7 +8,8 @@
  4. imagefolder    metadata.jsonl, .csv or .parquet, here, in train/ or in the folders of the images, with columns for
                    the file's name and the caption
  5. captions       captions.json: [{"text": "a cat", "file_name": "1.jpg"}], file_name only where images are needed
- 6. pairs          images with a .txt (or .caption) beside each, in any subfolder
+ 6. class labels   MNIST's IDX files and CIFAR's binaries: common/class_files.py
+ 7. pairs          images with a .txt (or .caption) beside each, in any subfolder
 A .tar, .parquet, .json, .jsonl or .csv file may also be given itself. Hidden files are ignored, links are followed; of
 shards and tables those named train are used where there are any. A sample without a caption has the empty one. A
 sample is (path, offset, length, captions): an image file, offset and length None, or a part of a shard. No image is
@@ -21,6 +22,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+from common.class_files import cifar_files, idx_files, read_cifar, read_idx
 from common.errors import DataError, first_line
 from common.images import IMAGE_EXTENSIONS
 from common.texts import (
@@ -36,7 +38,7 @@ from common.texts import (
 
 ACCEPTED = (
     "COCO annotations/captions_*.json, webdataset .tar shards, .parquet files, metadata.jsonl or metadata.csv, "
-    "captions.json, or images with .txt captions beside them"
+    "captions.json, MNIST's IDX files, CIFAR's binary files, or images with .txt captions beside them"
 )
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 FILE_COLUMNS = ("file_name", "image", "filename", "image_path", "img_path", "path", "file")
@@ -103,7 +105,8 @@ def files_in(folder):
 def read_data_dir(args, needs_images):
     """(content, source, folder): what --data_dir holds, how errors name it, and the folder that image paths stay in.
 
-    The content is a list of samples, or a datasets.Dataset where it is parquet. Raises DataError where there is
+    The content is a list of samples, a datasets.Dataset where it is parquet, or the LabelledImages of
+    common/class_files.py. Raises DataError where there is
     nothing usable or a file is broken.
     """
     path = Path(os.path.abspath(os.path.expanduser(args.data_dir)))
@@ -134,6 +137,8 @@ def read_data_dir(args, needs_images):
         (_shards, lambda found: _read_tars(found, args.caption_column, notes)),
         (_tables, lambda found: _load_parquet(found, source, args, needs_images)),
         (_metadata_files, lambda found: there(*_read_rows(folder, found, images, args, needs_images, notes))),
+        (idx_files, read_idx),
+        (cifar_files, read_cifar),
         (_captioned, lambda found: _read_pairs(images, found, source, notes)),
     )
     for find, read in kinds:

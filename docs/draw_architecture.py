@@ -35,6 +35,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.53,
         {
             "a run": "settle  run  outputs\nsampling  particles\nsingle_file",
+            "a small teacher": "teacher_data\nteacher_objectives\npart_training",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
             "lora_conversion  lora_check",
@@ -49,7 +50,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "load and predict": "pipelines  model_files\nconditioning\noriginal_layout",
             "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
             "quantized_folders",
-            "adapt": "lora  text_encoders\ndiscriminators\nlora_formats",
+            "make, adapt": "small_models  lora\nlora_formats\ntext_encoders\ndiscriminators",
             "keep": "contract  schedulers\ncheckpoint  identity\nhooks  hub  workflows",
         },
     ),
@@ -59,7 +60,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         0.3,
         1.27,
         {
-            "data": "shapes  texts  images\ndata_formats  data",
+            "data": "shapes  texts  images\nclass_files  data_formats\ndata",
             "mathematics": "diffusion  optimization\nema  randomness  volumes",
             "flags, mistakes": "arguments\nerrors",
         },

@@ -128,7 +128,7 @@ def test_every_kind_of_unet_gets_smaller_and_runs(kind, variant):
 
 def epsilon_error(student, pipeline):
     """Mean square difference of the student's prediction from the teacher's, on noisy renders of held-out scenes."""
-    from prepare_tiny_sd import to_pixels
+    from common.small_models import to_pixels
 
     torch.manual_seed(0)
     text = encode_prompts(pipeline, shapes.held_out_captions(16), 32).prompt_embeds

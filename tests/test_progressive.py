@@ -19,7 +19,15 @@ from common.diffusion import NoiseSchedule
 from common.errors import CheckpointError, UsageError
 from common.pipelines import load_pipeline, with_guidance_input
 from common.schedulers import ddim_scheduler, student_timesteps
-from train_progressive import draw, progressive_loss, stage_at, stage_grid, stage_lengths, student_steps
+from train_progressive import (
+    draw,
+    progressive_loss,
+    stage_at,
+    stage_grid,
+    stage_lengths,
+    student_steps,
+    teacher_steps_in_one,
+)
 
 SCRIPT = ROOT / "train_progressive.py"
 assert_same = partial(assert_same_checkpoints, name="student")
@@ -77,6 +85,7 @@ def test_loss_spaces():
 
 
 def test_stages():
+    assert student_steps(1000, 8, EXERCISE[1:]) == EXERCISE[1:]
     assert student_steps(64, 4) == [32, 16, 8, 4] and student_steps(6, 3) == [3] and student_steps(2, 1) == [1]
     assert [stage_at(step, [3, 2]) for step in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
     for last, lengths in ((None, [5, 5, 5]), ([7], [5, 7, 7]), ([6, 8], [5, 6, 8]), ([6, 7, 8], [6, 7, 8])):
@@ -90,6 +99,45 @@ def test_a_students_timesteps_are_every_other_one_of_its_teachers(steps):
     teacher = student_timesteps(ddim_scheduler(scheduler, steps), steps)
     t, middle, after = (times.tolist() for times in stage_grid(scheduler, steps))
     assert t == teacher[0::2] and middle == teacher[1::2] and after == [*t[1:], -1] and t[0] == 999
+
+
+EXERCISE = [1000, 500, 250, 125, 64, 32, 16, 8]
+
+
+@pytest.mark.parametrize("teacher, steps", [*zip(EXERCISE, EXERCISE[1:]), (9, 3), (1000, 333), (3, 2)])
+def test_any_schedule_goes_from_one_of_a_students_timesteps_to_the_next(teacher, steps):
+    scheduler = random_pipeline("sd").scheduler
+    times = stage_grid(scheduler, teacher, steps)
+    assert len(times) - 1 == teacher_steps_in_one(teacher, steps) and all(len(part) == steps for part in times)
+    own = student_timesteps(ddim_scheduler(scheduler, steps), steps)
+    assert times[0].tolist() == own and times[-1].tolist() == [*own[1:], -1]
+    lengths = torch.stack(times[:-1]) - torch.stack(times[1:])
+    assert lengths.min() > 0 and lengths.max() - lengths.min() <= 1  # in timesteps, of steps as long as can be
+    if teacher % steps == 0 and 1000 % teacher == 0:  # through the teacher's own timesteps, every one
+        assert torch.stack(times[:-1]).T.flatten().tolist() == student_timesteps(
+            ddim_scheduler(scheduler, teacher), teacher
+        )
+
+
+@pytest.mark.parametrize("teacher, steps", [(125, 64), (1000, 333)])
+def test_targets_land_on_the_students_next_timesteps(monkeypatch, teacher, steps):
+    """A teacher that knows the noise takes z_t of (x, eps) to z_s of the same, whatever the steps between."""
+    scheduler = random_pipeline("sd").scheduler
+    schedule, times = NoiseSchedule(scheduler), stage_grid(scheduler, teacher, steps)
+    x, noise = (torch.randn(steps, 4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    monkeypatch.setattr(train_progressive, "predict", lambda *_: noise)
+    z = schedule.add_noise(x, noise, times[0])
+    z_next = train_progressive.teach(torch.nn.Module(), schedule, z, times, None, None, 1)
+    torch.testing.assert_close(z_next, schedule.add_noise(x, noise, times[-1]), atol=1e-4, rtol=1e-4)
+
+
+def test_stages_of_any_number_are_trained_and_keep_the_contract(pipelines, tmp_path):
+    more = ["--start_steps", 7, "--stages", 3, 2, "--steps_per_stage", 1]  # to the 2 steps of `quick`
+    run_in_process(train_progressive, *quick(pipelines, tmp_path, *more))
+    for folder, steps in (("stage-3", 3), ("final", 2)):
+        contract, pipeline = read_json(tmp_path / folder / "distillation.json"), load_pipeline(tmp_path / folder)
+        assert contract["steps"] == steps and len(contract["timesteps"]) == steps
+        assert_contract(pipeline, pipeline.scheduler, contract, steps)
 
 
 @pytest.mark.parametrize("kind", ["sd", "v"])
@@ -343,6 +391,9 @@ MISTAKES = [
     (["--start_steps", "12", "--end_steps", "5"], "--start_steps 12 is not --end_steps 5 times a power of two"),
     (["--start_steps", "2", "--end_steps", "4"], "--start_steps 2 is not more than --end_steps 4"),
     (["--start_steps", "4", "--end_steps", "4"], "--start_steps 4 is not more than --end_steps 4"),
+    (["--stages", "4", "3"], "--end_steps 2: --stages end at 3"),
+    (["--stages", "7", "2"], "--stages: from 8 steps to 7 is no stage"),
+    (["--start_steps", "999", "--stages", "600", "2"], "the teacher would take 1200"),
     (["--last_stages_steps", "1", "2", "3"], "--last_stages_steps has 3 numbers"),
     (["--guidance_max", "5"], "--guidance_min and --guidance_max are about a teacher that takes"),
 ]

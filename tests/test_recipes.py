@@ -31,7 +31,14 @@ def commands(tmp_path):
     def run(recipe, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
-        environment = {**os.environ, "CALLS": str(calls), "DATA": "data", "COCO": "coco", **environment}
+        environment = {
+            **os.environ,
+            "CALLS": str(calls),
+            "DATA": "data",
+            "COCO": "coco",
+            "DATA_DIR": "mnist",
+            **environment,
+        }
         environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
         subprocess.run(["bash", ROOT / "recipes" / f"{recipe}.sh"], env=environment, check=True, capture_output=True)
         found = []

@@ -17,13 +17,14 @@ from common.contract import read_distillation
 from common.errors import UsageError
 from common.judging.metrics import ClipJudge, SceneReader, r_precision, scene_accuracy
 from common.pipelines import load_pipeline
+from common.small_models import to_pixels
 
 ASSETS = ROOT / "assets"
 
 
 def renders(count):
     images, scenes = zip(*(shapes.held_out_sample(i) for i in range(count)))
-    return prepare_tiny_sd.to_pixels(images), [shapes.caption_of(scene) for scene in scenes]
+    return to_pixels(images), [shapes.caption_of(scene) for scene in scenes]
 
 
 def test_captions_and_scenes_are_one_to_one():

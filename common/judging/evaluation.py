@@ -119,8 +119,8 @@ class Evaluation:
                 judged = metrics.clip_figures(self.clip, found, self.captions)
                 figures.update({metric: values.float().mean().item() for metric, values in judged.items()})
         if self.reader is not None:
-            right = metrics.scene_accuracy(self.reader, pixels, self.captions)
-            figures["scene_accuracy"] = right.float().mean().item()
+            read = metrics.read_back(self.reader, pixels, self.captions)
+            figures.update({name: right.float().mean().item() for name, right in read.items()})
         if self.lpips is not None:
             device, distances = next(self.lpips.parameters()).device, []
             for part, other in zip(pixels.split(BATCH), self.teacher_images.split(BATCH)):

@@ -1,4 +1,4 @@
-"""Judges of generated images: CLIP score, R-precision and Fréchet distance by a CLIP, the scene reader of the shapes.
+"""Judges of generated images: CLIP score, R-precision and Fréchet distance by a CLIP, readers of scenes and classes.
 
 Pixels are float (B, 3, H, W) in [-1, 1], as generated; every judge clamps and resizes them itself. Whatever a judge
 returns is on the CPU.
@@ -37,17 +37,24 @@ RESIZING = {  # how each judge brings images to its size, with which library: fo
 
 
 class SceneReader(nn.Module):
-    """Reads every attribute of a rendered scene. Pixels (B, 3, 32, 32) in [-1, 1] to logits per attribute."""
+    """Reads every attribute of a rendered scene. Pixels (B, 3, 32, 32) in [-1, 1] to logits per attribute.
 
-    def __init__(self, width=32):
+    With `captions`, a list of distinct ones, it is a class reader instead: the one attribute that it reads, "caption",
+    is which of them an image shows. `size`: pixels a side.
+    """
+
+    def __init__(self, width=32, captions=None, size=shapes.IMAGE_SIZE):
         super().__init__()
-        self.config = {"width": width}
+        self.config = {"width": width} if captions is None else {"width": width, "captions": captions, "size": size}
+        self.captions, self.size = captions, size
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (3 * width, 2), (3 * width, 1), (3 * width, 2)):
             layers += [nn.Conv2d(channels, out, 3, stride, 1), nn.GroupNorm(8, out), nn.SiLU()]
             channels = out
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(256, classes) for name, classes in ATTRIBUTES.items()})
+        side = -(-size // 8)  # after three strides of 2
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side**2, 256), nn.SiLU())
+        attributes = ATTRIBUTES if captions is None else {"caption": len(captions)}
+        self.heads = nn.ModuleDict({name: nn.Linear(256, classes) for name, classes in attributes.items()})
 
     def forward(self, pixel_values):
         features = self.features(pixel_values)
@@ -83,15 +90,40 @@ def scene_accuracy(reader, pixels, captions):
     scenes = [shapes.scene_of(caption) for caption in captions]
     if None in scenes:
         raise ValueError(f"Scene accuracy needs shapes captions, which this is not: {captions[scenes.index(None)]!r}")
-    device, right = next(reader.parameters()).device, []
-    for part, part_scenes in zip(pixels.split(BATCH), torch.tensor(scenes).split(BATCH)):
+    return scenes_right(_read(reader, pixels), torch.tensor(scenes))
+
+
+def class_accuracy(reader, pixels, captions):
+    """Whether each image is read as its own caption, of all that a class reader knows: bool (B,).
+
+    `pixels` (B, 3, H, W) in [-1, 1]. Raises ValueError for a caption that it does not know, or another number of
+    captions than of images.
+    """
+    check_pixels(pixels, captions)
+    unknown = next((caption for caption in captions if caption not in reader.captions), None)
+    if unknown is not None:
+        raise ValueError(f"Class accuracy needs captions that the reader knows, which this is not: {unknown!r}")
+    numbers = torch.tensor([reader.captions.index(caption) for caption in captions])
+    return _read(reader, pixels)["caption"].argmax(-1) == numbers
+
+
+def read_back(reader, pixels, captions):
+    """{"scene_accuracy" or "class_accuracy": bool (B,)}, by the kind of the reader; see the two above."""
+    if getattr(reader, "captions", None) is None:
+        return {"scene_accuracy": scene_accuracy(reader, pixels, captions)}
+    return {"class_accuracy": class_accuracy(reader, pixels, captions)}
+
+
+@torch.no_grad()
+def _read(reader, pixels):
+    """Logits per attribute of pixels of any size, on the CPU."""
+    device, size, parts = next(reader.parameters()).device, getattr(reader, "size", shapes.IMAGE_SIZE), []
+    for part in pixels.split(BATCH):
         part = part.to(device).float().clamp(-1, 1)
-        if part.shape[-2:] != (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE):
-            part = F.interpolate(part, (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE), mode="area")
-        with torch.no_grad():
-            logits = {name: values.cpu() for name, values in reader(part).items()}
-        right.append(scenes_right(logits, part_scenes))
-    return torch.cat(right)
+        if part.shape[-2:] != (size, size):
+            part = F.interpolate(part, (size, size), mode="area")
+        parts.append({name: values.cpu() for name, values in reader(part).items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def check_pixels(pixels, captions=None):
@@ -391,7 +423,7 @@ def clip_figures(judge, pooled, captions):
 def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
     """One row of a report, on images (B, 3, H, W) in [-1, 1] and their B captions: a dict that json can write.
 
-    "clip_score", "r_precision" (with two distinct captions, or shapes captions), "scene_accuracy" (with a reader):
+    "clip_score", "r_precision" (with two distinct captions, or shapes captions), what read_back says (with a reader):
     [mean, low, high]. "frechet" (with real_features (N, hidden)): a float. "per_image": {metric: list of B values}.
     Raises ValueError as the metrics do.
     """
@@ -399,7 +431,7 @@ def judge_images(pixels, captions, clip_judge, reader=None, real_features=None):
     pooled = clip_judge.pooled_features(pixels)
     per_image = clip_figures(clip_judge, pooled, captions)
     if reader is not None:
-        per_image["scene_accuracy"] = scene_accuracy(reader, pixels, captions)
+        per_image.update(read_back(reader, pixels, captions))
     row = {name: list(bootstrap_interval(values)) for name, values in per_image.items()}
     if real_features is not None:
         row["frechet"] = frechet_distance(real_features, pooled)

@@ -28,7 +28,7 @@ from common.data_formats import files_in
 from common.errors import UsageError, first_line
 from common.judging import metrics
 
-METRICS = ("clip_score", "r_precision", "scene_accuracy")
+METRICS = ("clip_score", "r_precision", "scene_accuracy", "class_accuracy")
 PREFERENCE = ("preference", "preference_win")  # without a share kept: a score of preference has no zero
 COLUMNS = (
     "configuration",
@@ -60,6 +60,8 @@ TABLE = (  # what print_table shows: heading, column, how its value is written
     ("kept", "r_precision_retention", "{:.1%}".format),
     ("scene accuracy", "scene_accuracy", "{:.3f}".format),
     ("kept", "scene_accuracy_retention", "{:.1%}".format),
+    ("class accuracy", "class_accuracy", "{:.3f}".format),
+    ("kept", "class_accuracy_retention", "{:.1%}".format),
     ("preference", "preference", "{:.2f}".format),
     ("preferred", "preference_win", "{:.1%}".format),
     ("Fréchet (CLIP)", "frechet_clip", "{:.2f}".format),
@@ -68,6 +70,7 @@ TABLE = (  # what print_table shows: heading, column, how its value is written
 
 QUALITY = {  # what `plot` draws, and which way is better
     "scene_accuracy": "scene accuracy (up)",
+    "class_accuracy": "class accuracy (up)",
     "r_precision": "R-precision (up)",
     "clip_score": "CLIP score (up)",
     "preference": "preference (up)",
@@ -116,8 +119,8 @@ def begin(outdir):
 def load_judges(clip_model, reader, captions, device):
     """(ClipJudge, SceneReader) for these captions, each None where there is none; a printed line says why.
 
-    `clip_model` and `reader` are those of the flags: a path, "none", or None for the default, which may be missing.
-    Raises UsageError where one that was asked for does not load.
+    The reader is one of scenes or of classes. `clip_model` and `reader` are those of the flags: a path, "none", or
+    None for the default, which may be missing. Raises UsageError where one that was asked for does not load.
     """
     drawn = all(shapes.scene_of(caption) for caption in captions)
     assets, clip_judge, scene_reader = TINY_SD.parent, None, None
@@ -137,8 +140,13 @@ def load_judges(clip_model, reader, captions, device):
             scene_reader = metrics.SceneReader.from_pretrained(name)
         except Exception:  # whatever the files can have wrong: OSError, ValueError, SafetensorError and others
             if reader:
-                raise UsageError(f"--reader {reader}: there is no scene reader in this folder.") from None
-    if drawn and scene_reader is None:
+                raise UsageError(f"--reader {reader}: there is no reader in this folder.") from None
+    classes = scene_reader is not None and scene_reader.captions  # that a class reader knows
+    if classes:
+        if unknown := next((caption for caption in captions if caption not in classes), None):
+            print(f"No class accuracy: --reader knows {len(classes)} captions, and not {unknown!r}.", flush=True)
+            scene_reader = None
+    elif drawn and scene_reader is None:
         print("No scene accuracy: " + ("--reader none." if reader else f"there is no reader in {name}."), flush=True)
     elif scene_reader is not None and not drawn:
         print("No scene accuracy: --reader judges captions of shapes, and not all of these are.", flush=True)
@@ -163,8 +171,8 @@ def judged(images, captions, clip_judge, reader, real_features, preference_model
     if clip_judge is not None:
         figures = metrics.judge_images(pixels, captions, clip_judge, reader, real_features)
     elif reader is not None:
-        right = metrics.scene_accuracy(reader, pixels, captions).tolist()
-        figures = {"scene_accuracy": metrics.bootstrap_interval(right), "per_image": {"scene_accuracy": right}}
+        right = {name: found.tolist() for name, found in metrics.read_back(reader, pixels, captions).items()}
+        figures = {name: metrics.bootstrap_interval(found) for name, found in right.items()} | {"per_image": right}
     if preference_model is not None:
         pooled = preference_model.pooled_features(pixels)
         scores = metrics.preference_scores(preference_model, pooled, captions).tolist()
