@@ -31,20 +31,20 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
     (
         "common/: what a script calls around its loop",
         "#e5f2e3",
-        3.4,
-        1.53,
+        3.2,
+        1.73,
         {
             "a run": "settle  run  outputs\nsampling  particles\nsingle_file",
             "a small teacher": "teacher_data\nteacher_objectives\npart_training",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
-            "compression/, of a pipeline": "students  distillation\nplanning  pruning  report\n"
-            "lora_conversion  lora_check",
+            "compression/, of a pipeline": "students  distillation\nplanning  pruning\nlora_conversion\n"
+            "lora_check  report",
         },
     ),
     (
         "common/: models, and what is kept of them",
         "#f3efd9",
-        1.62,
+        1.4,
         1.72,
         {
             "load and predict": "pipelines  model_files\nconditioning\noriginal_layout",
@@ -57,8 +57,8 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
     (
         "common/: data and mathematics",
         "#f6e3dc",
-        0.3,
-        1.27,
+        -0.18,
+        1.5,
         {
             "data": "shapes  texts  images\nclass_files  data_formats\ndata",
             "mathematics": "diffusion  optimization\nema  randomness  volumes",
@@ -105,9 +105,9 @@ def main():
     drawn = {name for *_, rooms in FLOORS for files in rooms.values() for name in files.split()}
     files = [path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")] if path.stem != "__init__"]
     assert drawn == set(files), f"drawn or there, but not both: {sorted(drawn ^ set(files))}"
-    figure, axes = plt.subplots(figsize=(14, 7.4), dpi=100)
+    figure, axes = plt.subplots(figsize=(14, 7.9), dpi=100)
     figure.subplots_adjust(0, 0, 1, 1)
-    axes.set(xlim=(0, 14), ylim=(0.1, 7.5))
+    axes.set(xlim=(0, 14), ylim=(-0.4, 7.5))
     axes.axis("off")
     for each in FLOORS:
         floor(axes, *each)
@@ -118,7 +118,7 @@ def main():
     arrow(axes, (11.28, 5.9), (11.75, 5.9))
     arrow(axes, (12.8, 6.75), (12.8, 7.15), (1.2, 7.15), (1.2, 6.73))
     write(axes, 7, 7.45, "an output goes in again: methods compose by passing folders", ha="center")
-    arrow(axes, (2.45, 4.9), (2.45, 0.3))
+    arrow(axes, (2.45, 4.9), (2.45, -0.15))
     write(axes, 2.22, 2.6, "imports go down, never up", rotation=90, ha="center", va="center")
     figure.savefig(ROOT / "docs/images/architecture.png")
 
