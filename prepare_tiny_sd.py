@@ -16,7 +16,7 @@ MNIST and CIFAR-10 among them, and <output_dir>/ gets teacher/, clip/ and reader
 
     python prepare_tiny_sd.py                                     # everything; run again to resume
     accelerate launch --num_processes 2 prepare_tiny_sd.py --parts unet
-    python prepare_tiny_sd.py --data_dir mnist --resolution 28 --output_dir out/mnist
+    python prepare_tiny_sd.py --data_dir mnist --resolution 32 --output_dir out/mnist
 """
 
 import common  # noqa: F401  first: it silences what importing diffusers would say
