@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 
 def learning_rate(step, steps, peak, warmup=200):
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, of a fifth of a short run, then cosine to zero."""
+    warmup = max(1, min(warmup, steps // 5))
     return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = prepare_tiny_sd.build_tokenizer()
     vae = prepare_tiny_sd.VaeObjective().model.to(memory_format=torch.contiguous_format)
-    pipeline = prepare_tiny_sd.build_pipeline(prepare_tiny_sd.UNetObjective(tokenizer, vae), vae)
+    pipeline = prepare_tiny_sd.build_pipeline(prepare_tiny_sd.UNetObjective(tokenizer), vae)
     pipeline.save_pretrained(root / "assets/tiny-sd")
     write_distillation(root / "assets/tiny-sd", guidance="cfg", guidance_scale=3.0)
     prepare_tiny_sd.ClipObjective(tokenizer).model.save_pretrained(root / "clip")

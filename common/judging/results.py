@@ -140,7 +140,7 @@ def load_judges(clip_model, reader, captions, device):
             scene_reader = metrics.SceneReader.from_pretrained(name)
         except Exception:  # whatever the files can have wrong: OSError, ValueError, SafetensorError and others
             if reader:
-                raise UsageError(f"--reader {reader}: there is no reader in this folder.") from None
+                raise UsageError(f"--reader {reader}: there is no scene reader or class reader here.") from None
     classes = scene_reader is not None and scene_reader.captions  # that a class reader knows
     if classes:
         if unknown := next((caption for caption in captions if caption not in classes), None):
