@@ -226,12 +226,14 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
 
 def load_nunchaku(path, pipeline_class, where):
     """The pipeline that nunchaku's packed transformer was made from, in bfloat16, with that transformer in it."""
-    from nunchaku import NunchakuFluxTransformer2dModel
-
     try:
+        from nunchaku import NunchakuFluxTransformer2dModel
+
         options = {"dtype": torch.bfloat16, "use_safetensors": True}
         transformer = NunchakuFluxTransformer2dModel.from_pretrained(str(path))
         return pipeline_class.from_pretrained(unquantized_of(path), transformer=transformer, **options)
+    except ImportError:  # what PyPI has under that name is another package
+        raise ModelError(f"{where}: the package nunchaku that is installed is not MIT HAN Lab's.") from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AssertionError, SafetensorError) as error:
         raise ModelError(f"{where}: nunchaku does not load it ({first_line(error)}).") from None
 

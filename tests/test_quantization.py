@@ -403,10 +403,12 @@ def test_nunchaku_s_transformer_goes_into_the_pipeline_that_it_was_made_from(pac
 
     package = types.ModuleType("nunchaku")
     package.__spec__ = importlib.machinery.ModuleSpec("nunchaku", None)
-    package.NunchakuFluxTransformer2dModel = Transformer
     monkeypatch.setitem(sys.modules, "nunchaku", package)
     monkeypatch.setitem(quantized_folders.MADE_FROM, "flux.1-schnell", str(tmp_path / "flux"))
     hardware(monkeypatch, (8, 6))
+    with pytest.raises(ModelError, match="nunchaku that is installed is not"):  # PyPI's, about something else
+        load_pipeline(packed["name"][0])
+    package.NunchakuFluxTransformer2dModel = Transformer
     words = ["--prompt", "a red ring", "--steps", 2, "--resolution", 32, "--dtype", "bf16", "--device", "cpu"]
     images = []
     for path in (packed["name"][0], tmp_path / "flux"):
