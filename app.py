@@ -339,12 +339,12 @@ def build_column(shown, number, visible):
     picture["elem_classes"] = ["picture", "small"] if shown.model.resolution <= 128 else ["picture"]
     with gr.Column(visible=visible, min_width=260, elem_id=f"model-{number}") as box:
         image = gr.Image(label=shown.name, **picture)
-        words = gr.Markdown()
         info = f"trained for {trained}" if trained else "any number"
         steps = gr.Slider(1, max(MOST_STEPS, steps), steps, step=1, label="Steps", info=info, elem_classes="steps")
         value, most = shown.model.guidance_scale, max(15, shown.model.guidance_scale)
         free = {"interactive": not baked, "info": said[kind], "elem_classes": "guidance"}
         guidance = gr.Slider(1, most, value, step=0.1, label="Guidance", **free)
+        words = gr.Markdown()
         picture["elem_classes"] = [*picture["elem_classes"], "difference"]
         other = gr.Image(label="|difference to the first|, 4 times as bright", visible=number > 0, **picture)
     return Column(box, image, words, steps, guidance, other)

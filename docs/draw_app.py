@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT, SECONDS = "7999", 600_000
-PROMPT = "a large blue ring on a yellow background"
+PROMPT = "a large blue ring on a white background"
 
 
 def main():
@@ -35,6 +35,7 @@ def main():
             page.screenshot(path=ROOT / "docs/images/app.png", full_page=True)
     finally:
         server.terminate()
+        server.communicate()
 
 
 if __name__ == "__main__":
