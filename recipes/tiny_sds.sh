@@ -9,8 +9,9 @@ out=outputs/sds
 optimize() {
     launch optimize_sds.py --report_to none --checkpoints_total_limit 1 --resume_from_checkpoint latest "$@"
 }
-for loss in sds nfsd csd vsd; do
-    optimize --held_out_captions 20 --loss "$loss" --output_dir "$out/$loss"
+optimize --held_out_captions 20 --output_dir "$out/sds"
+for loss in nfsd csd vsd; do
+    optimize --held_out_captions 8 --loss "$loss" --output_dir "$out/$loss"
 done
 for scale in 1 4 10 30 100; do
     optimize --held_out_captions 5 --num_images 4 --max_steps 100 --guidance_scale "$scale" \

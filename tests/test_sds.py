@@ -1,5 +1,6 @@
 """optimize_sds.py: its losses and their gradients, volumes and their files, runs that are killed, split, judged."""
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import optimize_sds
 from common.checkpoint import checkpoints_in
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict_guided
-from common.contract import TINY_SD, write_distillation
+from common.contract import write_distillation
 from common.diffusion import NoiseSchedule
 from common.lora import add_lora
 from common.pipelines import load_pipeline
@@ -50,12 +51,18 @@ def asked(loss):
     return SimpleNamespace(loss=loss, lora_rank=2, lora_alpha=4.0, lora_targets=["to_q", "to_v"])
 
 
+@pytest.fixture(scope="module")
+def loaded(pipelines):
+    """`loaded(kind)`: a random pipeline, loaded once."""
+    return functools.cache(lambda kind: load_pipeline(pipelines(kind)))
+
+
 @pytest.fixture
-def scene(pipelines):
+def scene(loaded):
     """`scene(kind)`: a random teacher, its schedule, latents, noise, timesteps and conditionings of two samples."""
 
     def get(kind):
-        pipeline = load_pipeline(pipelines(kind))
+        pipeline = loaded(kind)
         generator = torch.Generator().manual_seed(0)
         x, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
         empty = encode_empty_prompt(pipeline, 32)
@@ -97,6 +104,7 @@ def test_the_gradient_of_sds_is_weighted_and_never_the_unets(scene, kind, guidan
     expected = s.schedule.sigma(s.timesteps) ** 2 * (s.schedule.to_epsilon(output, z, s.timesteps) - s.noise)
     torch.testing.assert_close(2 * s.x.grad, expected, atol=1e-5, rtol=1e-4)  # the loss is a mean of two
     assert expected.abs().mean() > 0.1 and all(p.grad is None for p in s.pipeline.unet.parameters())
+    s.pipeline.unet.requires_grad_(False)
 
 
 def test_a_distillation_loss_counts_how_large_the_gradient_is():
@@ -135,6 +143,7 @@ def test_vsd_with_a_new_lora_is_guidance_beyond_one(scene):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data)
     assert not torch.allclose(direction_of(s, "vsd", 7.5), expected, atol=1e-2)
+    s.pipeline.unet.delete_adapters("default")
     c, u, own = torch.randn(3, 2, 4, 8, 8)
     torch.testing.assert_close(vsd(c, u, own, 3.0) + own, sds(c, u, 0 * own, 3.0))
 
@@ -156,8 +165,8 @@ def test_through_the_decoder_pixels_are_drawn_to_the_teachers_picture(scene):
     torch.testing.assert_close(found, ratio * (pixels - decoded), atol=1e-4, rtol=1e-3)
 
 
-def test_weights_and_timesteps():
-    schedule = NoiseSchedule(load_pipeline(TINY_SD).scheduler)
+def test_weights_and_timesteps(loaded):
+    schedule = NoiseSchedule(loaded("sd").scheduler)
     t = torch.tensor([20, 979])
     sigma, alpha = schedule.sigma(t), schedule.alpha(t)
     assert torch.equal(timestep_weights(schedule, t, "one"), torch.ones(2, 1, 1, 1))
@@ -369,13 +378,13 @@ def test_an_image_is_optimised_as_if_it_were_alone(pipelines, tmp_path):
 @pytest.mark.parametrize("gradient", ["decoder", "encoder"])
 def test_pixels_are_drawn_to_what_the_teacher_sees(pipelines, tmp_path, gradient):
     more = ["--parameterization", "pixels", "--pixel_gradient", gradient, "--loss", "nfsd", "--prompt", *PROMPTS]
-    run_in_process(optimize_sds, *flags(pipelines, tmp_path, *more, steps=2, kind="v"))
-    values = load_file(tmp_path / "checkpoint-2" / "student.safetensors")["values"]
+    run_in_process(optimize_sds, *flags(pipelines, tmp_path, *more, steps=1, kind="v"))
+    values = load_file(tmp_path / "checkpoint-1" / "student.safetensors")["values"]
     assert values.shape == (2, 3, 32, 32) and values.isfinite().all()
     assert read_json(tmp_path / "final" / "results.json")["guidance_scale"] == 7.5
 
 
-def test_views_have_prompts_of_their_own(pipelines, tmp_path, monkeypatch):
+def test_views_have_prompts_of_their_own(pipelines, loaded, tmp_path, monkeypatch):
     encoded, encode = [], optimize_sds.encode_prompts
     monkeypatch.setattr(
         optimize_sds, "encode_prompts", lambda p, texts, r: encoded.append(texts) or encode(p, texts, r)
@@ -385,7 +394,7 @@ def test_views_have_prompts_of_their_own(pipelines, tmp_path, monkeypatch):
     more = [*VARIANTS["volume"], "--view_prompts", "--azimuths", 180, 180, "--background", "random"]
     run_in_process(optimize_sds, *flags(pipelines, tmp_path, *more, steps=1))
     assert encoded[0][:3] == [f"{PROMPTS[0]}, front view", f"{PROMPTS[1]}, front view", f"{PROMPTS[0]}, side view"]
-    back = encode(load_pipeline(pipelines("sd")), [f"{prompt}, back view" for prompt in PROMPTS], 32).prompt_embeds
+    back = encode(loaded("sd"), [f"{prompt}, back view" for prompt in PROMPTS], 32).prompt_embeds
     assert all(any(torch.allclose(row, other, atol=1e-5) for other in back) for row in rows[0])
 
 
