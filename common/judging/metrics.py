@@ -31,7 +31,7 @@ BATCH = 64  # images or captions per forward
 class SceneReader(nn.Module):
     """Reads every attribute of a rendered scene. Pixels (B, 3, 32, 32) in [-1, 1] to logits per attribute.
 
-    With `captions`, distinct ones, it is a class reader: its one attribute, "caption", is which of them an image shows.
+    With `captions`, distinct ones, it is a class reader: its one attribute, "caption", is which of them is shown.
     """
 
     def __init__(self, width=32, captions=None, size=shapes.IMAGE_SIZE):
