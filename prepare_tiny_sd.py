@@ -65,6 +65,7 @@ PARTS = ("reader", "vision", "clip", "vae", "unet", "decoder", "pipeline", "repo
 IDENTITY = ("data_dir", "dataset_name", "image_column", "caption_column", "caption_template", "resolution", "latents")
 IDENTITY += ("max_train_samples", "vae_path", "block_out_channels", "layers_per_block", "vae_block_out_channels")
 IDENTITY += ("seed",)
+REAL_PICTURES = 2000  # training pictures that guidance is chosen by, at most
 PICTURES_ONLY = ("image_column", "caption_column", "resolution", "max_train_samples", "eval_data_dir", "vae_path")
 
 
@@ -204,7 +205,6 @@ def cached_latents(args, vae, accelerator, source, seed):
     # The scaling factor tells one VAE from another.
     file = Path(args.work_dir) / f"latents-{seed}-{args.latents}-{vae.config.scaling_factor}.safetensors"
     if accelerator.is_main_process and not (file.is_file() and "labels" in load_file(file)):
-        vae.to(accelerator.device)
         kept, latents, labels = source.kept(args.latents), [], []
         for start in tqdm(range(0, len(kept), 64), desc="latents"):
             pixels, _, found = source.read(seed, kept[start : start + 64])
@@ -266,8 +266,8 @@ def write_pipeline(args, accelerator, tokenizer, vae, folders, source):
         captions = [shapes.caption_of(shapes.training_scene(args.seed + 100, i)[0]) for i in range(count)]
     else:
         judge = ClipJudge(folders["clip"])
-        pixels, captions, _ = source.read(0, source.kept(count))
-        real = judge.pooled_features(pixels)
+        captions = source.read(0, source.kept(count))[1]
+        real = judge.pooled_features(source.read(0, source.kept(REAL_PICTURES))[0])
     for scale in scales:
         pixels = teacher_images(pipeline, captions, 50, scale, accelerator)
         if source is SCENES:
@@ -343,6 +343,8 @@ def main(args):
     held_out = eval_pictures(args) if args.eval_data_dir else source
     vae = given_vae(args) if args.vae_path else None
     accelerator = Accelerator(cpu=None if torch.accelerator.is_available() else True)
+    if vae is not None:
+        vae.to(accelerator.device)
     on_main_process(accelerator, lambda: check_work_dir(args))
     tokenizer = build_tokenizer(source.captions if own else None)
     torch.manual_seed(args.seed)

@@ -39,8 +39,7 @@ RESIZING = {  # how each judge brings images to its size, with which library: fo
 class SceneReader(nn.Module):
     """Reads every attribute of a rendered scene. Pixels (B, 3, 32, 32) in [-1, 1] to logits per attribute.
 
-    With `captions`, a list of distinct ones, it is a class reader instead: the one attribute that it reads, "caption",
-    is which of them an image shows. `size`: pixels a side.
+    With `captions`, distinct ones, it is a class reader: its one attribute, "caption", is which of them is shown.
     """
 
     def __init__(self, width=32, captions=None, size=shapes.IMAGE_SIZE):
@@ -94,24 +93,18 @@ def scene_accuracy(reader, pixels, captions):
 
 
 def class_accuracy(reader, pixels, captions):
-    """Whether each image is read as its own caption, of all that a class reader knows: bool (B,).
-
-    `pixels` (B, 3, H, W) in [-1, 1]. Raises ValueError for a caption that it does not know, or another number of
-    captions than of images.
-    """
+    """The same of a class reader: whether each image is read as its own caption, of all that the reader knows."""
     check_pixels(pixels, captions)
-    unknown = next((caption for caption in captions if caption not in reader.captions), None)
-    if unknown is not None:
-        raise ValueError(f"Class accuracy needs captions that the reader knows, which this is not: {unknown!r}")
+    if unknown := set(captions) - set(reader.captions):
+        raise ValueError(f"Class accuracy needs captions that the reader knows, which this is not: {min(unknown)!r}")
     numbers = torch.tensor([reader.captions.index(caption) for caption in captions])
     return _read(reader, pixels)["caption"].argmax(-1) == numbers
 
 
 def read_back(reader, pixels, captions):
     """{"scene_accuracy" or "class_accuracy": bool (B,)}, by the kind of the reader; see the two above."""
-    if getattr(reader, "captions", None) is None:
-        return {"scene_accuracy": scene_accuracy(reader, pixels, captions)}
-    return {"class_accuracy": class_accuracy(reader, pixels, captions)}
+    accuracy = scene_accuracy if getattr(reader, "captions", None) is None else class_accuracy
+    return {accuracy.__name__: accuracy(reader, pixels, captions)}
 
 
 @torch.no_grad()
