@@ -6,9 +6,10 @@ A function whose name begins with `check` raises ModelError: one sentence, that 
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
+from common.compression.quantized_folders import is_packed, unquantized_of
 from common.errors import ModelError
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no method needs: one may be absent
@@ -120,7 +121,14 @@ def weight_files(source, component):
 
     As they are loaded: of the variant where the component has it, else of none.
     """
-    folder = Path(source["path"])
+    path = source["path"]
+    if is_packed(path):  # nunchaku's file is the transformer; the rest is of the model that it was made from
+        if component == "transformer":
+            owner, name, file = ([*str(path).split("/", 2), "", ""])[:3]
+            here = path if Path(path).is_file() else try_to_load_from_cache(f"{owner}/{name}", file)
+            return [Path(here)] if here else []
+        path, source = unquantized_of(path), {}
+    folder = Path(path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source["path"], revision=source.get("revision"), local_files_only=True))
+        folder = Path(snapshot_download(path, revision=source.get("revision"), local_files_only=True))
     return weights_in(folder / component, source.get("variant")) or weights_in(folder / component)

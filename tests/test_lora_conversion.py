@@ -388,6 +388,7 @@ def test_on_quantized_layers(pipelines, pruned, tmp_path, capsys, kind):
     for pipeline, fuse in ((adapted, False), (fused, True), (plain, False)):
         load_converted(pipeline, tmp_path / "lora", pruned, fuse=fuse)
     assert "layers with a LoRA are no longer quantized" in capsys.readouterr().out
-    assert all(lora_conversion.is_quantized(x) for x in lora_conversion.adapted_layers(adapted)[:20])
+    layers = [x for x in lora_conversion.adapted_layers(adapted) if kind == "int8" or isinstance(x, torch.nn.Linear)]
+    assert layers and all(lora_conversion.is_quantized(layer) for layer in layers[:20])
     pixels = [lora_check.pixels_of(p, PROMPTS, 2, 2.0) for p in (adapted, fused, plain)]
     assert np.abs(pixels[0] - pixels[1]).max() <= 2 / 255 and np.abs(pixels[0] - pixels[2]).mean() < 0.02

@@ -31,6 +31,7 @@ from common.compression.quantized_folders import (
 )
 from common.contract import TINY_SD, write_distillation
 from common.errors import ModelError, UsageError
+from common.model_files import weight_files
 from common.outputs import export_pipeline, open_output
 from common.pipelines import image_to_image, load_pipeline
 
@@ -414,6 +415,9 @@ def test_nunchaku_s_transformer_goes_into_the_pipeline_that_it_was_made_from(pac
     for path in (packed["name"][0], tmp_path / "flux"):
         run_in_process(inference, "--pretrained_model_name_or_path", path, "--output_dir", tmp_path / "out", *words)
         images.append(next((tmp_path / "out" / "images").glob("*/*.png")).read_bytes())
+    flux, sources = {"path": tmp_path / "flux"}, {"path": str(packed["name"][0])}
+    assert weight_files(sources, "transformer") == [packed["name"][0]]
+    assert weight_files(sources, "vae") == weight_files(flux, "vae") != []
     assert asked == [str(packed["name"][0])] and images[0] == images[1]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["configurations"][0]["guidance_scale"] == 3.5 and results["configurations"][0]["timesteps"] == []

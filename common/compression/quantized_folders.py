@@ -166,7 +166,7 @@ def check_runs_here(path, revision, where):
         needed, name = ((10, 0), "10.0 (Blackwell)") if _four_bit_floats(path, words) else ((7, 5), "7.5 (Turing)")
         if found < needed or found[0] == 9:
             missing.append(f"a CUDA GPU of compute capability {name} or later, but Hopper")
-        if not lite and unquantized_of(path) not in (*MADE_FROM.values(),):
+        if not lite and unquantized_of(path) is None:
             missing.append("a name that says what it was made from, such as svdq-int4_r32-flux.1-dev.safetensors")
     if missing:
         found = quantization_of(path, revision)
