@@ -15,11 +15,12 @@ updates() { echo $(($1 * ${PERCENT:-100} / 100)); }
 launch prepare_tiny_sd.py --data_dir "$DATA_DIR" --eval_data_dir "${eval_data:-$DATA_DIR}" --resolution 32 \
     --block_out_channels 32 64 64 --layers_per_block 1 --vae_block_out_channels 16 32 32 --latents 16384 \
     --reader_steps "$(updates 600)" --clip_steps "$(updates 600)" --vae_steps "$(updates 1600)" \
-    --unet_steps "$(updates 2000)" --decoder_steps "$(updates 200)" --checkpointing_steps 50 \
+    --unet_steps "$(updates 2600)" --decoder_steps "$(updates 160)" --checkpointing_steps 50 \
     --guidance_captions 100 --report_captions 200 --output_dir "$out/models"
 launch train_progressive.py --pretrained_model_name_or_path "$out/models/teacher" --data_dir "$DATA_DIR" \
     --center_crop --start_steps 1000 --stages 500 250 125 64 32 16 8 \
-    --steps_per_stage "$(updates 240)" --last_stages_steps "$(updates 480)" --learning_rate 2e-4 \
+    --last_stages_steps "$(updates 600)" "$(updates 120)" "$(updates 120)" "$(updates 120)" "$(updates 120)" \
+    "$(updates 240)" "$(updates 240)" --learning_rate 4e-4 --lr_warmup_steps "$(updates 20)" \
     --batch_size $((32 / processes)) --checkpointing_steps 100 --checkpoints_total_limit 2 \
     --output_dir "$out/progressive" --resume_from_checkpoint latest "$@"
 launch evaluate.py --trained_steps --steps 1000 64 32 16 8 \
