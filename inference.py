@@ -49,6 +49,7 @@ from common.pipelines import image_to_image, keep_vae_right, load_pipeline, reso
 from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import (
+    check_held_out,
     check_prompts,
     default_batch_size,
     place,
@@ -124,9 +125,7 @@ def parse_args(argv=None):
 
 def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in device, dtype and strength."""
-    if args.held_out_split != "all" and not args.held_out_captions:
-        raise UsageError(f"--held_out_split {args.held_out_split} is about --held_out_captions: add it.")
-    shapes.check_count("--held_out_captions", args.held_out_captions or 0, args.held_out_split)
+    check_held_out(args)
     if args.strength is not None and not args.init_image:
         raise UsageError("--strength is for image-to-image: add --init_image or leave it out.")
     args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)

@@ -68,6 +68,13 @@ def read_prompts_file(path, flag="--prompts_file", column=None):
     return prompts
 
 
+def check_held_out(args):
+    """UsageError where --held_out_split has no --held_out_captions to be about, or fewer captions than these."""
+    if args.held_out_split != "all" and not args.held_out_captions:
+        raise UsageError(f"--held_out_split {args.held_out_split} is about --held_out_captions: add it.")
+    shapes.check_count("--held_out_captions", args.held_out_captions or 0, args.held_out_split)
+
+
 def check_prompts(prompts, where):
     """Say which prompts are empty, of `where`, by line. Raises UsageError where none has text."""
     if not any(prompts):

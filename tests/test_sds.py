@@ -431,7 +431,7 @@ def test_a_model_of_ones_own_needs_a_prompt(pipelines, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n\n")
     empty = [*model, "--prompts_file", tmp_path / "prompts.txt"]
     assert "has no prompt in it" in error_of(optimize_sds, empty, capsys)
-    assert "there are 2000" in error_of(optimize_sds, [*model, "--held_out_captions", 2001], capsys)
+    assert "there are 2000 held-out captions" in error_of(optimize_sds, [*model, "--held_out_captions", 2001], capsys)
 
 
 def test_teachers_without_a_score_are_refused(pipelines, tmp_path, capsys):
