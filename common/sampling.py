@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from common import shapes
 from common.conditioning import decode_latents
 from common.errors import DataError, UsageError
 from common.texts import read_records, read_text, record_captions
