@@ -158,18 +158,12 @@ def export_lora(args, source, contract):
     arrived = read_lora(SimpleNamespace(**models, lora_state_dict=kind.lora_state_dict), written)
     if not lora_formats.same_layers(layers, arrived):
         raise RuntimeError(f"{written} was read back, and is not the LoRA that was written")
-    alphas, ranks = {x.alpha for x in layers.values()}, {len(x.down) for x in layers.values()}
     told = {
         "made from": f"the LoRA `{args.lora_path}`, for `{source['path']}`",
-        "LoRA": f"{len(layers)} layers, rank {said(ranks)}, alpha {said(alphas)}",
+        "LoRA": f"{len(layers)} layers, {lora_formats.in_words(layers)}",
         "read by": lora_formats.READERS[args.format],
     }
     return told, scheduler.config if scheduler else {}
-
-
-def said(numbers):
-    """The one number, or the least and the greatest."""
-    return " to ".join(f"{x:g}" for x in sorted({min(numbers), max(numbers)}))
 
 
 def export_pipeline(args, source, contract):

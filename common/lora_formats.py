@@ -118,6 +118,13 @@ def carried(contract, scheduler):
     return {"distillation": json.dumps(contract), "scheduler": json.dumps(dict(scheduler))}
 
 
+def in_words(layers):
+    """ "rank 4, alpha 32" of {name: Layer}, or from the least to the greatest of each."""
+    ranks, alphas = ([f(layer) for layer in layers.values()] for f in (lambda x: len(x.down), lambda x: x.alpha))
+    spans = (" to ".join(f"{x:g}" for x in sorted({min(numbers), max(numbers)})) for numbers in (ranks, alphas))
+    return "rank {}, alpha {}".format(*spans)
+
+
 def same_layers(a, b):
     """Whether two {"<component>.<module>": Layer} are the same, alpha and factors."""
 

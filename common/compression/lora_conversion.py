@@ -21,7 +21,7 @@ from common.compression.students import source_of
 from common.contract import read_distillation
 from common.errors import UsageError, first_line
 from common.lora import FACTOR, LOAD_ERRORS, check_lora_path, load_lora, lora_file, lora_tensors
-from common.lora_formats import read_named
+from common.lora_formats import in_words, read_named
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _NUMBERED = re.compile(r"(input_blocks|middle_block|output_blocks)[._]\d")
@@ -375,7 +375,7 @@ def load_converted(pipeline, path, model, scale=1.0, fuse=False, flag="--lora_pa
         load_lora(pipeline, path, scale, flag=flag)
     else:
         layers, report = converted(pipeline, path, manifest or {}, flag)
-        print(f"LoRA: {summary(report)} --lora_scale {scale:g}.", flush=True)
+        print(f"LoRA: {in_words(layers)}, --lora_scale {scale:g}. {summary(report)}", flush=True)
         attach(pipeline, layers, "student")
         pipeline.set_adapters(["student"], [scale])
     if fuse:
