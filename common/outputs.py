@@ -244,7 +244,7 @@ def write_model_card(folder, title, base_model, usage, notes, lora=False):
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in {"made from": f"`{base_model}`", **notes}.items()),
+        *(f"| {name} | {value} |" for name, value in {"base model": f"`{base_model}`", **notes}.items()),
         "",
         "Made by:",
         "",

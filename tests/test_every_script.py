@@ -321,7 +321,7 @@ def test_outputs_and_their_export_hold_the_average(uninterrupted, name):
 @pytest.mark.parametrize("targets", [ATTENTION, FEED_FORWARD, EVERYTHING], ids=["attention", "feed-forward", "all"])
 def test_every_adapter_of_a_lora_reloads_in_stock_diffusers(pipelines, tmp_path, kind, targets):
     pipeline = load_pipeline(pipelines(kind))
-    args = SimpleNamespace(lora_rank=2, lora_alpha=16.0, lora_targets=targets)
+    args = SimpleNamespace(lora_rank=2, lora_alpha=16.0, lora_targets=targets, resolution=32)
     add_lora(pipeline.unet, args)
     trained = {key: p for key, p in pipeline.unet.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)

@@ -240,7 +240,8 @@ def test_compiled_on_a_gpu_keeps_the_names(pipelines, trained, tmp_path, gpu):
 def test_final_folder_and_checkpoint_size(trained):
     final = trained / "final"
     names = {path.name for path in final.iterdir()}
-    assert names == {"pytorch_lora_weights.safetensors", "scheduler", "distillation.json", "README.md"}
+    beside = {"scheduler", "distillation.json", "README.md", "comfyui_workflow.json"}
+    assert names == {"pytorch_lora_weights.safetensors", *beside}
     card = (final / "README.md").read_text()
     assert "load_lora_weights" in card and "rank 4, alpha 32" in card
     assert "flash: 2 DDIM steps, guided at 7.5, in one" in card and "x0, huber" in card

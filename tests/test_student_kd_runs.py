@@ -249,6 +249,7 @@ def test_final_folder_and_checkpoint(uninterrupted):
         "tokenizer",
         "scheduler",
         "distillation.json",
+        "comfyui_workflow.json",
         "compression.json",
         "README.md",
     }

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from common.compression.manifest import MANIFEST, read_manifest
 from common.compression.students import source_of
@@ -67,13 +67,16 @@ def read_lora(pipeline, path, flag="--lora_path", moved=False):
 def layers_by_name(pipeline, path):
     """{"<component>.<module>": Layer} of a file or folder with kohya's or ComfyUI's names of this pipeline's layers.
 
-    Else None, as for a hub id.
+    Else None, as for a hub id, or a file that can't be read.
     """
     if not Path(path).exists():
         return None
     models = {name: getattr(pipeline, name) for name in COMPONENTS if getattr(pipeline, name, None) is not None}
-    with safe_open(lora_file(path), "pt") as opened:
-        named = read_named(models, {key: opened.get_tensor(key) for key in opened.keys()})
+    try:
+        with safe_open(lora_file(path), "pt") as opened:
+            named = read_named(models, {key: opened.get_tensor(key) for key in opened.keys()})
+    except (OSError, SafetensorError):
+        return None
     return named and {name: Layer(*parts) for name, parts in named.items()}
 
 
