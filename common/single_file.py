@@ -33,12 +33,6 @@ _KINDS = {  # by a name that only a file of this kind has
 _WIDE = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def is_single_file(path):
-    """Whether `path` is a .safetensors file that holds a UNet in the original layout."""
-    path = Path(path)
-    return path.is_file() and path.suffix == ".safetensors" and any(n.startswith(UNET) for n in read_header(path)[0])
-
-
 def read_header(path):
     """({name: (shape, dtype)}, metadata) of a safetensors file; nothing for one that can't be read."""
     try:
