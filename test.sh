@@ -9,4 +9,4 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then # test
 fi
 ruff check .
 ruff format --check .
-exec python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
+exec python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup --no-loadscope-reorder "$@"

@@ -19,6 +19,9 @@ torch.set_num_threads(1)  # tests run side by side, and one thread sums in one o
 pytest.register_assert_rewrite("launching")  # pytest explains the failed asserts of tests and conftest.py alone
 
 
+LONG = ("simulated_cuda_0", "simulated_cuda_1", "test_student_kd_runs", "test_evaluate", "test_tiny_sd", "test_app")
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="many rounds of what is tried at random moments")
 
@@ -34,6 +37,8 @@ def pytest_collection_modifyitems(items):
     for item in items:  # the tests of a file share what it makes, so they share a worker
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    # Begun last, one of these would be what everything waits for.
+    items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] not in LONG)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
