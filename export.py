@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     add = parser.add_argument_group("what").add_argument
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder or .safetensors file")
-    add("--pretrained_model_name_or_path", help="pipeline: folder or hub id; with a LoRA, what it goes on")
+    add("--pretrained_model_name_or_path", help="pipeline: folder, file or hub id; with a LoRA, what it goes on")
     add("--revision", help="revision of the hub id")
     add("--variant", help="file variant of the pipeline, such as fp16")
     formats = (*lora_formats.FORMATS, "single_file", "sd_cpp")
@@ -199,9 +199,9 @@ def export_pipeline(args, source, contract):
 
 def write_page(args, source, contract, told, scheduler):
     """<name>.md and, of a few-step output, <name>.json: how it is used elsewhere."""
-    settings, folder = settings_of(contract) if contract else None, Path(args.output_dir)
+    settings, folder = settings_of(contract), Path(args.output_dir)
     page = [f"# {args.name}", "", "| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in told.items()), ""]
-    if settings:
+    if settings and args.format != "diffusers":
         names = files_of(args.target, source["path"], args.format in lora_formats.FORMATS)
         resolution = read_pipeline_config(source["path"], source["revision"])[1] or 512
         content = workflow(settings, resolution, scheduler, **names)

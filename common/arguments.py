@@ -90,7 +90,7 @@ def amount(text):
 def add_model_arguments(parser):
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", help="teacher pipeline: folder or hub id (default: the embedded tiny-sd)")
+    add("--pretrained_model_name_or_path", help="teacher pipeline: folder, file or hub id (default: tiny-sd)")
     add("--revision", help="revision of the hub id")
     add("--variant", help="file variant of the pipeline, such as fp16")
     return group
