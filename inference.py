@@ -75,7 +75,10 @@ MIN_FRECHET_IMAGES = 200
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", help="pipeline: folder, file, hub id (default: the LoRA's parent or tiny-sd)")
+    add(
+        "--pretrained_model_name_or_path",
+        help="pipeline: folder, file or hub id (default: the LoRA's parent or tiny-sd)",
+    )
     add("--revision", help="revision of the hub id (default: of the LoRA's parent, as recorded)")
     add("--variant", help="file variant of the pipeline, such as fp16 (default: of the LoRA's parent, as recorded)")
     add("--lora_path", help="LoRA: a final/ folder of this repository, or any folder, .safetensors file or hub id")
