@@ -198,7 +198,7 @@ def export_pipeline(args, source, contract):
 
 
 def write_page(args, source, contract, told, scheduler):
-    """<name>.md and, of a few-step output, <name>.json: how it is used elsewhere."""
+    """<name>.md (of a folder its README.md) and, of a few-step output, <name>.json: how it is used elsewhere."""
     settings, folder = settings_of(contract), Path(args.output_dir)
     page = [f"# {args.name}", "", "| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in told.items()), ""]
     if settings and args.format != "diffusers":
@@ -211,7 +211,8 @@ def write_page(args, source, contract, told, scheduler):
             f"`{args.name}.json`, which says the same, and choose your checkpoint.",
             "",
         ]
-    write_file(folder / f"{args.name}.md", lambda file: file.write_text("\n".join(page)))
+    place = args.target / "README.md" if args.format == "diffusers" else folder / f"{args.name}.md"
+    write_file(place, lambda file: file.write_text("\n".join(page)))
 
 
 def main(args):
