@@ -27,6 +27,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from common import arguments, lora_formats
+from common.checkpoint import FinalFolder
 from common.compression.lora_conversion import load_converted, lora_config, read_lora
 from common.compression.planning import empty_models
 from common.compression.pruned_models import NAME as PRUNED
@@ -76,8 +77,11 @@ def check_arguments(args):
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file, not a folder.")
     args.target = folder / (args.name if args.format == "diffusers" else f"{args.name}.safetensors")
-    if args.target.exists() and not args.overwrite:
-        raise UsageError(f"{args.target} is there already: give another --name, or --overwrite.")
+    args.configs = folder / f"{args.name}-config"
+    written = [args.target] + [args.configs] * (args.format not in lora_formats.FORMATS)
+    there = [place for place in written if place.exists()]
+    if there and not args.overwrite:
+        raise UsageError(f"{there[0]} is there already: give another --name, or --overwrite.")
 
 
 def read_source(args):
@@ -143,11 +147,11 @@ def export_lora(args, source, contract):
         layers = {name: x._replace(down=x.down.to(dtype), up=x.up.to(dtype)) for name, x in layers.items()}
     scheduler = saved_scheduler(args.lora_path) if contract else None
     if args.format == "diffusers":
-        args.target.mkdir(parents=True, exist_ok=True)
-        write_diffusers_lora(args.target, layers, models)
-        if contract:
-            write_distillation(args.target, **contract)
-            scheduler.save_pretrained(args.target / "scheduler")
+        with FinalFolder(args.target) as folder:
+            write_diffusers_lora(folder, layers, models)
+            if contract:
+                write_distillation(folder, **contract)
+                scheduler.save_pretrained(folder / "scheduler")
         written = args.target / WEIGHTS
     else:
         metadata = lora_formats.describe(layers, models, args.name, source["path"])
@@ -183,16 +187,16 @@ def export_pipeline(args, source, contract):
     found = read_header(args.target)[0]
     if {name: shape for name, (shape, _) in found.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
         raise RuntimeError(f"{args.target} was read back, and is not what was written")
-    configs = args.target.with_name(f"{args.name}-config")
-    save_configs(pipeline, configs)
-    if contract.get("method"):
-        write_distillation(configs, **contract)
+    with FinalFolder(args.configs) as configs:
+        save_configs(pipeline, configs)
+        if contract.get("method"):
+            write_distillation(configs, **contract)
     readers = readers_of(parts, args.format == "sd_cpp")
     kind = type(pipeline).__name__
     told = {
         "made from": f"`{source['path']}`" + (f" with the LoRA `{args.lora_path}` merged" if args.lora_path else ""),
         "weights": f"{args.dtype or 'fp16'}, {args.target.stat().st_size / 1e6:.0f} MB",
-        "read by": ", ".join([*readers, f'diffusers: {kind}.from_single_file(file, config="{configs.name}")']),
+        "read by": ", ".join([*readers, f'diffusers: {kind}.from_single_file(file, config="{args.configs.name}")']),
     }
     return told, pipeline.scheduler.config
 

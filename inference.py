@@ -36,7 +36,7 @@ import torch
 from PIL import ImageOps
 from tqdm.auto import tqdm
 
-from common import arguments, pipelines, shapes
+from common import arguments, pipelines
 from common.compression.lora_conversion import load_converted
 from common.compression.quantized_folders import quantization_of
 from common.contract import comes_from_tiny_sd, parent_source, pipeline_source, read_distillation, sampling_guidance
@@ -49,12 +49,13 @@ from common.pipelines import image_to_image, keep_vae_right, load_pipeline, reso
 from common.randomness import sample_generator
 from common.run import run_script
 from common.sampling import (
+    asked_prompts,
     check_held_out,
-    check_prompts,
     default_batch_size,
     place,
     read_prompts_file,
     sample_timed,
+    sampled_size,
     settle_device,
     slug,
 )
@@ -90,12 +91,7 @@ def parse_args(argv=None):
         help="for weights that came without one: lcm or ddim on trailing timesteps (Flash LoRAs), or lcm50 on LCM's "
         "own grid of 50 timesteps (LCM-LoRAs) (default: lcm for an outside LoRA)",
     )
-    group = parser.add_argument_group("prompts")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", nargs="+", help="one or more prompts (default: prompts/shapes20.txt or prompts/coco20.txt)")
-    add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
-    add("--held_out_captions", type=arguments.positive_int, help="the first so many held-out captions of shapes")
-    arguments.add_held_out_split(group.add_argument)
+    arguments.add_prompt_arguments(parser, "prompts/shapes20.txt or prompts/coco20.txt")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=arguments.positive_int, nargs="+", help="step counts (default: what the student learned)")
     add("--num_images", type=arguments.positive_int, default=1, help="images per prompt")
@@ -208,14 +204,8 @@ def make_plan(args):
 
 def read_prompts(args, plan):
     """The prompts of --prompt, --held_out_captions or --prompts_file, else of the file that suits the model."""
-    if args.held_out_captions:
-        return shapes.held_out_captions(args.held_out_captions, args.held_out_split)
-    if not args.prompt:
-        default = "shapes20.txt" if comes_from_tiny_sd(plan.model["path"]) else "coco20.txt"
-        return read_prompts_file(args.prompts_file or PROMPTS / default)
-    prompts = [prompt.strip() for prompt in args.prompt]
-    check_prompts(prompts, "--prompt")
-    return prompts
+    default = "shapes20.txt" if comes_from_tiny_sd(plan.model["path"]) else "coco20.txt"
+    return asked_prompts(args) or read_prompts_file(PROMPTS / default)
 
 
 def load_model(source, args, lora=None):
@@ -373,7 +363,7 @@ def main(args):
             init_image = open_image(args.init_image)
         except ImageError as error:
             raise UsageError(f"--init_image {args.init_image} can't be used: {error}.") from None
-    native = pipelines.sampled_size(args, plan.model)
+    native = sampled_size(args, plan.model)
     args.resolution = resolution_of(args, native, plan.model["path"])
     args.batch_size = args.batch_size or default_batch_size(args.resolution)
     results.make_outdir(args.output_dir)

@@ -30,7 +30,7 @@ import os
 import torch
 from safetensors.torch import save_file
 
-from common import arguments, shapes
+from common import arguments
 from common.checkpoint import FinalFolder
 from common.conditioning import (
     decode_latents,
@@ -53,7 +53,7 @@ from common.particles import angles_of, look, make_student, pictures, save_volum
 from common.pipelines import latent_shape, load_frozen, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
-from common.sampling import check_held_out, check_prompts, default_batch_size, read_prompts_file, slug
+from common.sampling import asked_prompts, check_held_out, default_batch_size, slug
 from common.settle import settle
 from common.volumes import VIEWS, view_of
 
@@ -68,12 +68,7 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser).add_argument(
         "--resolution", type=arguments.positive_int, help="pixels per side that the teacher sees (default: its own)"
     )
-    group = parser.add_argument_group("prompts")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--prompt", nargs="+", help="one or more, all optimised at once (default for tiny-sd: a large red circle)")
-    add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
-    add("--held_out_captions", type=arguments.positive_int, help="the first so many held-out captions of shapes")
-    arguments.add_held_out_split(group.add_argument)
+    arguments.add_prompt_arguments(parser, "for tiny-sd a large red circle")
     add = parser.add_argument_group("what is optimised").add_argument
     add("--target", choices=("image", "volume"), default="image", help="images, or volumes seen from all around")
     add("--num_images", "--num_particles", type=arguments.positive_int, default=1, help="images, or volumes, a prompt")
@@ -241,19 +236,15 @@ def check_arguments(args):
 
 
 def read_prompts(args):
-    """The prompts of whichever flag gives them, in args.prompt; the other flags are then as if they were not given."""
-    if args.prompts_file:
-        args.prompt = read_prompts_file(args.prompts_file)
-    elif args.held_out_captions:
-        args.prompt = shapes.held_out_captions(args.held_out_captions, args.held_out_split)
-    elif args.prompt is None and not comes_from_tiny_sd(args.pretrained_model_name_or_path):
+    """The prompts of whichever flag gives them, in args.prompt; the other flags are then as if they were not given.
+
+    A continuation may give the same ones in another way.
+    """
+    prompts = asked_prompts(args)
+    if prompts is None and not comes_from_tiny_sd(args.pretrained_model_name_or_path):
         raise UsageError("--prompt, or --prompts_file, says what to optimise: give one.")
-    args.prompt = [prompt.strip() for prompt in args.prompt or ["a large red circle on a white background"]]
-    check_prompts(args.prompt, "--prompt")
-    args.prompts_file = args.held_out_captions = args.held_out_split = (
-        None  # a continuation may give the same prompts in another way
-    )
-    args.validation_prompts = args.prompt
+    args.prompt = args.validation_prompts = prompts or ["a large red circle on a white background"]
+    args.prompts_file = args.held_out_captions = args.held_out_split = None
 
 
 def settle_method(args):

@@ -235,6 +235,17 @@ def add_held_out_split(add):
     )
 
 
+def add_prompt_arguments(parser, default):
+    """default: in words, what is taken where none of them is given; for sampling.asked_prompts."""
+    group = parser.add_argument_group("prompts")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--prompt", nargs="+", help=f"one or more prompts (default: {default})")
+    add("--prompts_file", help="a text file with one prompt a line, or captions.json ([{'text': ...}, ...])")
+    add("--held_out_captions", type=positive_int, help="the first so many held-out captions of shapes")
+    add_held_out_split(group.add_argument)
+    return group
+
+
 def add_preference_model(add):
     add(
         "--preference_model",

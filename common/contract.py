@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 
 from common.errors import ModelError, UsageError, first_line
-from common.model_files import file_metadata
 
 TINY_SD = Path(__file__).resolve().parent.parent / "assets" / "tiny-sd"
 CONTRACT = "distillation.json"
@@ -36,6 +36,17 @@ def read_distillation(path):
         return {**contract, "guidance": contract["guidance"], "guidance_scale": float(contract["guidance_scale"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} can't be read ({type(error).__name__}: {first_line(error)}).") from None
+
+
+def file_metadata(path):
+    """{name: text} in the header of one .safetensors file; {} for anything else, and for one that can't be read."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def make_contract(args, method, target, steps=None, timesteps=None, guidance="baked", guidance_scale=1.0):

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
+from common.contract import file_metadata
 from common.errors import UsageError, first_line
-from common.model_files import file_metadata
 from common.pipelines import load_unet, with_guidance_input
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

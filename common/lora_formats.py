@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from common.original_layout import original_modules
+from common.original_layout import kind_of, original_modules
 
 FORMATS = ("kohya", "comfyui", "diffusers")
 _PARTS = re.compile(r"(.+)\.(lora_(?:up|down|A|B)\.weight|alpha)$")
@@ -29,13 +29,6 @@ _BASE = {  # what kohya and the model specification call a base model
     "sd2": ("sd_v2", "stable-diffusion-v2-512"),
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 }
-
-
-def kind_of(models):
-    """ "sd1", "sd2" or "sdxl", of {component: model}."""
-    if "text_encoder_2" in models:
-        return "sdxl"
-    return "sd2" if models["unet"].config.use_linear_projection else "sd1"
 
 
 def names_of(models, style):
@@ -93,7 +86,7 @@ def write_lora(path, layers, models, style, metadata):
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
-def describe(layers, models, title, base_model, steps=None):
+def describe(layers, models, title, base_model):
     """The metadata, all strings, by which other tools list a LoRA: kohya's ss_*, and the model specification's."""
     ranks, alphas = ({f(layer) for layer in layers.values()} for f in (lambda x: len(x.down), lambda x: x.alpha))
     version, architecture = _BASE[kind_of(models)]
@@ -105,7 +98,6 @@ def describe(layers, models, title, base_model, steps=None):
         "ss_v2": str(version == "sd_v2"),
         "ss_sd_model_name": Path(base_model).name,
         "ss_output_name": title,
-        **({"ss_steps": str(steps)} if steps else {}),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 
 from common.compression.quantized_folders import is_packed, unquantized_of
 from common.errors import ModelError
@@ -96,17 +95,6 @@ def native_size(config, part, where):
     if size is not None and not isinstance(size, int):
         raise ModelError(f"{where}: {part}/config.json has sample_size {size!r}, which is no number.")
     return size
-
-
-def file_metadata(path):
-    """{name: text} in the header of one .safetensors file; {} for anything else, and for one that can't be read."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}
 
 
 def weights_in(folder, variant=None):

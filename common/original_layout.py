@@ -50,6 +50,13 @@ _OPEN_CLIP_ENDS = {
 }
 
 
+def kind_of(parts):
+    """ "sd1", "sd2" or "sdxl": what {component: model} is in its structure."""
+    if "text_encoder_2" in parts:
+        return "sdxl"
+    return "sd2" if parts["unet"].config.use_linear_projection else "sd1"
+
+
 # Names
 
 
@@ -167,13 +174,13 @@ def original_tensors(parts, spread=False):
     """{original name: tensor} of a whole pipeline; parts: {component: module}, of SD1.x, SD2.x or SDXL."""
     states = {name: strip(module.state_dict()) for name, module in parts.items()}
     found = {**unet_tensors(states["unet"], spread), **vae_tensors(states["vae"])}
-    if "text_encoder_2" in states:
+    kind = kind_of(parts)
+    if kind == "sdxl":
         found.update(clip_tensors(states["text_encoder"], "conditioner.embedders.0."))
         found.update(open_clip_tensors(states["text_encoder_2"], "conditioner.embedders.1."))
-    elif parts["unet"].config.use_linear_projection:  # what tells SD2.x from SD1.x
-        found.update(open_clip_tensors(states["text_encoder"], "cond_stage_model."))
     else:
-        found.update(clip_tensors(states["text_encoder"], "cond_stage_model."))
+        text_tensors = open_clip_tensors if kind == "sd2" else clip_tensors
+        found.update(text_tensors(states["text_encoder"], "cond_stage_model."))
     return found
 
 

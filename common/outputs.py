@@ -52,7 +52,7 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
                 write_manifest(final, manifest)
             elif not lora:
                 carry_manifest([source or contract["parent"]], final)
-            settings = settings_of(contract)
+            settings = None if is_pruned(pipeline) else settings_of(contract)  # a pruned one no other tool reads
             if settings:
                 names = files_of(folder, contract["parent"], lora)
                 write_workflow(final / WORKFLOW, workflow(settings, run.args.resolution, scheduler.config, **names))

@@ -41,7 +41,7 @@ from common.compression.quantized_folders import (
 from common.conditioning import is_sdxl
 from common.contract import CONTRACT, read_distillation
 from common.diffusion import NoiseSchedule
-from common.errors import ModelError, UsageError, first_line
+from common.errors import ModelError, first_line
 from common.model_files import (
     UNUSED,
     check_inputs,
@@ -281,23 +281,6 @@ def contract_of(path, revision=None, flag="--pretrained_model_name_or_path"):
     if pipeline_class is FluxPipeline:
         contract["guidance"] = "embedded"
     return contract
-
-
-UNET_FLAGS = ("lora_path", "scheduler", "compare_baseline", "init_image")  # of inference.py
-
-
-def sampled_size(args, source):
-    """The native resolution of a pipeline that inference.py samples. Raises UsageError on flags that need a UNet."""
-    path = source["path"]
-    pipeline_class, native, _ = read_pipeline_config(path, source["revision"], transformers=True, quantized=True)
-    if pipeline_class in TRANSFORMER_PIPELINES.values():
-        for name in UNET_FLAGS:
-            if getattr(args, name):
-                kind = pipeline_class.__name__
-                raise UsageError(f"--{name} is about pipelines with a UNet, and {path} is a {kind}.")
-    if pipeline_class is FluxPipeline and args.negative_prompt:
-        raise UsageError("--negative_prompt has no effect on FLUX, which runs one pass a step: leave it out.")
-    return native
 
 
 def load_frozen(args, run):

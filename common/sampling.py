@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import torch
+from diffusers import FluxPipeline
 
 from common import shapes
 from common.conditioning import decode_latents
 from common.errors import DataError, UsageError
+from common.pipelines import TRANSFORMER_PIPELINES, read_pipeline_config
 from common.texts import read_records, read_text, record_captions
 
 
@@ -29,6 +31,23 @@ def settle_device(args):
         raise UsageError("--dtype fp16 needs a GPU: use fp32 or bf16.")
     if args.cpu_offload and kind != "cuda":
         raise UsageError("--cpu_offload needs a CUDA GPU: leave it out.")
+
+
+UNET_FLAGS = ("lora_path", "scheduler", "compare_baseline", "init_image")  # of inference.py
+
+
+def sampled_size(args, source):
+    """The native resolution of a pipeline that inference.py samples. Raises UsageError on flags that need a UNet."""
+    path = source["path"]
+    pipeline_class, native, _ = read_pipeline_config(path, source["revision"], transformers=True, quantized=True)
+    if pipeline_class in TRANSFORMER_PIPELINES.values():
+        for name in UNET_FLAGS:
+            if getattr(args, name):
+                kind = pipeline_class.__name__
+                raise UsageError(f"--{name} is about pipelines with a UNet, and {path} is a {kind}.")
+    if pipeline_class is FluxPipeline and args.negative_prompt:
+        raise UsageError("--negative_prompt has no effect on FLUX, which runs one pass a step: leave it out.")
+    return native
 
 
 def place(pipeline, args):
@@ -74,6 +93,19 @@ def check_held_out(args):
     if args.held_out_split != "all" and not args.held_out_captions:
         raise UsageError(f"--held_out_split {args.held_out_split} is about --held_out_captions: add it.")
     shapes.check_count("--held_out_captions", args.held_out_captions or 0, args.held_out_split)
+
+
+def asked_prompts(args):
+    """The prompts of --prompt, --prompts_file or --held_out_captions, a list; None where none of them is given."""
+    if args.held_out_captions:
+        return shapes.held_out_captions(args.held_out_captions, args.held_out_split)
+    if args.prompts_file:
+        return read_prompts_file(args.prompts_file)
+    if args.prompt is None:
+        return None
+    prompts = [prompt.strip() for prompt in args.prompt]
+    check_prompts(prompts, "--prompt")
+    return prompts
 
 
 def check_prompts(prompts, where):

@@ -6,8 +6,8 @@ from pathlib import Path
 import diffusers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 
+from common.contract import file_metadata
 from common.errors import UsageError
-from common.model_files import file_metadata
 
 
 def student_scheduler(scheduler, target, num_inference_steps, grid=None):

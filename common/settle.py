@@ -35,8 +35,8 @@ def settle(args, transformers=False, needs_data=True):
         file = getattr(args, name, None)
         if file not in (None, "download") and not Path(file).is_file():
             raise UsageError(f"--{name} {file}: there is no such file ('download' fetches the weights).")
-    use_embedded_default(args, needs_data)
     args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
+    use_embedded_default(args, needs_data)
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():  # what is written names it, and is read from elsewhere
         args.pretrained_model_name_or_path = str(path.absolute())

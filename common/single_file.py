@@ -22,7 +22,7 @@ from common.checkpoint import FinalFolder
 from common.compression.quantized_folders import is_packed
 from common.compression.students import empty_unet
 from common.errors import ModelError, first_line
-from common.original_layout import UNET, VAE, original_tensors, strip
+from common.original_layout import UNET, VAE, kind_of, original_tensors, strip
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "single_file"
 _KINDS = {  # by a name that only a file of this kind has
@@ -52,7 +52,7 @@ def pipeline_folder(path, flag="--pretrained_model_name_or_path"):
         return path  # a packed one is nunchaku's, which common/pipelines.py reads or refuses
     path, where = Path(path).absolute(), f"{flag} {path}"
     tensors, metadata = read_header(path)
-    kind = kind_of(tensors, where)
+    kind = kind_of_file(tensors, where)
     configs = read_configs(path, kind, tensors)
     needed = check_tensors(tensors, configs, where)
     told = [path.stat().st_size, path.stat().st_mtime_ns, sorted(tensors), metadata, configs]
@@ -69,7 +69,7 @@ def pipeline_folder(path, flag="--pretrained_model_name_or_path"):
     return str(folder)
 
 
-def kind_of(tensors, where):
+def kind_of_file(tensors, where):
     """ "sd1", "sd2" or "sdxl", of the names in a file. Raises ModelError, which says what the file is instead."""
     if not tensors:
         raise ModelError(f"{where}: it is no safetensors file, or a damaged one.")
@@ -214,7 +214,7 @@ def readers_of(parts, spread=False):
     published; stable-diffusion.cpp these and BK-SDM-Tiny with `spread` blocks. All need the VAE and the text encoders
     as published.
     """
-    kind = "sdxl" if "text_encoder_2" in parts else "sd2" if parts["unet"].config.use_linear_projection else "sd1"
+    kind = kind_of(parts)
     theirs = empty_parts(json.loads((ASSETS / f"{kind}.json").read_text()))
     same = {name: shapes_of(part) == shapes_of(theirs[name]) for name, part in parts.items()}
     unet, published = parts["unet"], theirs["unet"].config

@@ -121,6 +121,6 @@ def elsewhere(settings, folder, lora):
     """What the card of the output in `folder` says of other tools."""
     flag = "--lora_path" if lora else "--pretrained_model_name_or_path"
     return (
-        f"`python export.py {flag} {folder}` writes the file that ComfyUI, A1111 and Forge load. ComfyUI: "
+        f"`python export.py {flag} {folder}` writes it as other tools load it, and says which. ComfyUI: "
         f"`{WORKFLOW}`. A1111, Forge: {in_words(settings)}"
     )

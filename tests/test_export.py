@@ -140,7 +140,7 @@ def test_names_of_published_models():
         tensors = {name: (tuple(tensor.shape), "F16") for name, tensor in original_tensors(parts).items()}
         assert {name: tensors[name][0] for name in expected} == expected
         assert sum(p.numel() for p in parts["unet"].parameters()) == counts[kind]
-        assert single_file.kind_of(tensors, "x") == kind
+        assert single_file.kind_of_file(tensors, "x") == kind
         assert single_file.readers_of(parts) == list(single_file.EVERY_TOOL)
 
 
@@ -234,6 +234,14 @@ def test_every_way_in_takes_a_file(folders, tmp_path):
     args = inference.parse_args(["--pretrained_model_name_or_path", file])
     inference.check_arguments(args)
     assert inference.make_plan(args).model["path"] == single_file.pipeline_folder(file)
+    import prepare_unet_small
+    import train_add
+
+    run_in_process(prepare_unet_small, "--pretrained_model_name_or_path", file, "--width_ratio", 0.5, "--dry_run")
+    teacher = ["--pretrained_model_name_or_path", str(folders["sd1"])]
+    student = train_add.parse_args([*teacher, "--student_model", file])
+    train_add.check_models(student)
+    assert student.student_model == single_file.pipeline_folder(file)
     args.guidance_scale, args.steps, args.trained_steps = None, [2], False
     assert plan_model(file, args).pipeline["path"] == single_file.pipeline_folder(file)
 
@@ -358,6 +366,9 @@ def test_a_few_step_lora_keeps_its_contract(pipelines, tmp_path, capsys):
     assert (
         "sampling method LCM, schedule type SGM Uniform, 2 sampling steps, CFG scale 1" in (out / "run.md").read_text()
     )
+    (out / "other-config").mkdir()
+    whole = ["--lora_path", final, "--format", "single_file", "--name", "other", "--output_dir", out]
+    assert "other-config is there already" in error_of(export, whole, capsys)
     error = error_of(export, ["--lora_path", final, "--output_dir", out], capsys)
     assert "run.safetensors is there already: give another --name, or --overwrite." in error
     run_in_process(export, "--lora_path", final, "--output_dir", out, "--overwrite", "--dtype", "fp16")

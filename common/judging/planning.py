@@ -8,12 +8,12 @@ from pathlib import Path
 
 from common import shapes
 from common.compression.quantized_folders import is_packed
-from common.contract import comes_from_tiny_sd, pipeline_source, read_distillation, sampling_guidance
+from common.contract import comes_from_tiny_sd, file_metadata, pipeline_source, read_distillation, sampling_guidance
 from common.data import load_dataset_from_args
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id, lora_file
-from common.model_files import file_metadata, weight_files
+from common.model_files import weight_files
 from common.pipelines import contract_of, read_pipeline_config, resolution_of
 from common.sampling import read_prompts_file
 from common.single_file import pipeline_folder
