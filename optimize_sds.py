@@ -126,7 +126,7 @@ def parse_args(argv=None):
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/sds")
     add = parser.add_argument_group("progress and judging").add_argument
     add("--validation_steps", type=arguments.positive_int, default=50, help="show the images every so many steps")
-    add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, ..., all, or none")
+    arguments.add_logging_arguments(add)
     add("--clip_model", help="CLIP that judges the end: folder, hub id or 'none' (default: tiny-clip for shapes)")
     arguments.add_runtime_arguments(parser)
     # A score's size grows with guidance, and Adam is free of it: a clip in reach would make images depend on others.
@@ -359,7 +359,7 @@ def main(args):
     # 2 trained, in fp32
     images = make_student(args, pipeline).to(run.device)
     parameters = trainable(images)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
     count = len(args.prompt) * args.num_images
     if learned:
         add_lora(teacher, args)
@@ -401,12 +401,14 @@ def main(args):
                 x = made if latent else encode(vae, made)
 
                 # teach
+                run.phase("teacher")
                 given, others = conditioning.rows(rows), (side.expand(len(samples)) for side in (empty, negative))
                 z = schedule.add_noise(x.detach(), noise[0], timesteps[0])
                 with accelerator.autocast():
                     direction = teach(
                         args, teacher, schedule, z, timesteps[0], noise[0], given, *others, guidance_scale
                     )
+                run.phase("student")
                 if args.pixel_gradient == "decoder" and not latent:
                     direction = pixel_gradient(made.detach(), x.detach(), direction, timesteps[0], schedule, vae)
                 else:

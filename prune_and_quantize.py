@@ -329,7 +329,7 @@ def main(args):
         plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, teacher_path)
         set_up(unet, args, teacher.unet)
         parameters = trainable(plain)
-        ema = EMA(parameters, args.ema_decay)
+        ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
         # 3 optimizer, resume
         student, optimizer = accelerator.prepare(plain, adamw(parameters, args))
@@ -357,9 +357,11 @@ def main(args):
                     if contract["guidance"] == "embedded":
                         scales = torch.full((len(z),), contract["guidance_scale"])
                         scale = guidance_embedding(pipeline, scales, unet)
+                    run.phase("teacher")
                     with accelerator.autocast():
                         said, features = teach(teacher.unet, teacher_tap, z, timesteps, teacher_conditioning, scale)
 
+                    run.phase("student")
                     with accelerator.autocast():
                         output = predict(student, z, timesteps, conditioning, scale)
                     own = plain.features(tap, [name for name, _ in pairs])

@@ -337,7 +337,7 @@ def main(args):
     unet = own_unet(args, pipeline)
     set_up(unet, args)
     parameters = trainable(unet)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
     plain_heads = make_heads(sight, unconditional).to(run.device)
     head_parameters = trainable(plain_heads)
 
@@ -373,11 +373,13 @@ def main(args):
                 z = schedule.noisy_input(latents, noise, timesteps)
 
                 # student
+                run.phase("student")
                 with torch.set_grad_enabled(trains_student), accelerator.autocast():
                     output = predict(student if trains_student else unet, z, timesteps, conditioning)
                 x_student = schedule.to_x0(output, z, timesteps)
 
                 # teach
+                run.phase("teacher")
                 target, key = None, (batch["step"], micro_batch)
                 if trains_student and key in rollouts:
                     target = tuple(x.to(run.device) for x in rollouts[key])
@@ -389,6 +391,7 @@ def main(args):
                         rollouts[key] = tuple(x.cpu() for x in target)
 
                 # judge
+                run.phase("student")
                 if adversarial:
                     number = run.step * updates + update_number
                     drawn = draw_judged(args, number, batch["positions"], latents)

@@ -140,7 +140,7 @@ def main(args):
     unet = student_unet(args, pipeline)
     set_up(unet, args, teacher)
     parameters = trainable(unet)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
@@ -162,6 +162,7 @@ def main(args):
                     timesteps = student_times[slots]
                     ends = student_times[slots + 1 if args.target == "next" else torch.full_like(slots, -1)]
                     z = schedule.noisy_input(latents, noise, timesteps)
+                    run.phase("teacher")
                     with accelerator.autocast():
                         target = teach(
                             args, teacher, schedule, z, timesteps, ends, conditioning, unconditional, guidance_scale
@@ -169,6 +170,7 @@ def main(args):
                     if args.cache_rollouts:
                         rollouts[key] = tuple(x.cpu() for x in (z, timesteps, ends, target))
 
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)
                 distance = partial(decoded_lpips, lpips, vae, args.seed, run.step, batch["positions"])

@@ -138,7 +138,7 @@ def main(args):
     unet = student_unet(args, pipeline, embedded)
     set_up(unet, args, teacher)
     parameters = trainable(unet)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
@@ -155,9 +155,11 @@ def main(args):
                 z = schedule.noisy_input(latents, noise, timesteps)
                 scales = scales if embedded else torch.full_like(scales, guidance_scale)
                 timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                run.phase("teacher")
                 with accelerator.autocast():
                     without, given = teach(teacher, z, timesteps, conditioning, unconditional)
 
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning, timestep_cond)
                 loss = guided_loss(output, given, without, scales)

@@ -164,7 +164,7 @@ def main(args):
     target_unet = unet if args.lora_rank else copy.deepcopy(unet).requires_grad_(False)
     set_up(unet, args, teacher, target_unet)
     parameters = trainable(unet)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
     slow = {} if args.lora_rank else {"target": dict(target_unet.named_parameters())}
 
     # 3 optimizer, resume, data
@@ -183,11 +183,13 @@ def main(args):
                 z = schedule.noisy_input(latents, noise, timesteps)
                 scales = low + (high - low) * shares if embedded else guidance_scale
                 timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                run.phase("teacher")
                 with torch.no_grad(), accelerator.autocast():
                     z_next = teach(teacher, schedule, z, timesteps, ends, conditioning, unconditional, scales)
                     # At the clean end f is z_s whatever the output, so any timestep will do.
                     target_output = predict(target_unet, z_next, ends.clamp(min=0), conditioning, timestep_cond)
 
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning, timestep_cond)
                 edges = edges if args.num_phases > 1 else None

@@ -340,7 +340,7 @@ def main(args):
         teacher_parameters = {name: p.detach().clone() for name, p in parameters.items()}
     else:
         teacher_parameters = dict(teacher.named_parameters())
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
@@ -371,9 +371,11 @@ def main(args):
                 timesteps, next_timesteps = times[0], times[-1]
                 z = schedule.noisy_input(latents, noise, timesteps)
                 timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                run.phase("teacher")
                 with accelerator.autocast():
                     z_next = teach(teacher, schedule, z, times, conditioning, unconditional, guidance, timestep_cond)
 
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning, timestep_cond)
                 loss = progressive_loss(output, z, timesteps, z_next, next_timesteps, schedule, args.loss_space)

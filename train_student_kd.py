@@ -335,7 +335,7 @@ def main(args):
     plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, args.student_model)
     set_up(unet, args, teacher.unet)
     parameters = trainable(plain)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(plain, adamw(parameters, args))
@@ -364,10 +364,12 @@ def main(args):
                 if not args.random_latents:
                     latents = encode_images(vae, batch["pixel_values"])
                     z, target = noisy_pair(args, schedule, latents, noise, timesteps)
+                run.phase("teacher")
                 with accelerator.autocast():
                     said, features = teach(args, teacher.unet, teacher_tap, z, timesteps, teacher_conditioning)
                 teacher_output = teacher_schedule.convert(said, z, timesteps, schedule.prediction_type)
 
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)
                 own = plain.features(tap, [name for name, _ in pairs])

@@ -271,7 +271,7 @@ def main(args):
     if args.through_unet:
         set_up(unet, args)
     parameters = trainable(encoder)
-    ema = EMA(parameters, args.ema_decay)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(encoder, adamw(parameters, args))
@@ -286,9 +286,11 @@ def main(args):
                 captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
                 input_ids = tokenize(tokenizer, captions).to(run.device)
                 conditioning = encode_prompts(pipeline, captions, args.resolution) if args.through_unet else None
+                run.phase("teacher")
                 with accelerator.autocast():
                     target = teach(teacher, unet, input_ids, z, timesteps, conditioning)
 
+                run.phase("student")
                 with accelerator.autocast():
                     hidden, pooled = student(input_ids)
                     output = None

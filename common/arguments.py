@@ -172,6 +172,7 @@ def add_optimization_arguments(parser, *, learning_rate, train_batch_size, max_t
     add("--max_grad_norm", type=positive_float, default=1.0, help="gradient norm is clipped to this")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit: saves memory (CUDA)")
     add("--ema_decay", type=fraction, default=0.999, help="average of the weights, which final/ holds")
+    add("--offload_ema", action="store_true", help="keep the average in the CPU's memory: less on the GPU, slower")
     add(
         "--max_skipped_updates",
         type=positive_int,
@@ -187,7 +188,7 @@ def add_checkpoint_arguments(parser, *, output_dir):
     add("--output_dir", default=output_dir, help="where runs are written")
     add("--run_name", help="sub-folder of --output_dir for this run")
     add("--checkpointing_steps", type=positive_int, default=500, help="save checkpoint-N every so many steps")
-    add("--checkpoints_total_limit", type=positive_int, help="keep only the newest so many (default: all)")
+    add("--checkpoints_total_limit", type=positive_int, default=3, help="keep only the newest so many")
     add("--resume_from_checkpoint", help="'latest', checkpoint-N or a path")
     add("--overwrite_output_dir", action="store_true", help="discard the run that the folder holds")
     add("--push_to_hub", action="store_true", help="at the end upload final/ to the model hub")
@@ -201,8 +202,20 @@ def add_validation_arguments(parser):
     add("--validation_prompts", nargs="+", help="prompts sampled during training (default: none)")
     add("--validation_steps", type=positive_int, default=100, help="sample every so many steps")
     add("--num_validation_images", type=positive_int, default=4, help="images per prompt")
-    add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, ..., all, or none")
+    add_logging_arguments(add)
     return group
+
+
+def add_logging_arguments(add):
+    add("--report_to", default="tensorboard", help="tracker: tensorboard, wandb, ..., all, or none")
+    add("--logging_steps", type=positive_int, default=10, help="report every so many steps, and at the first and last")
+    add(
+        "--profile_steps",
+        type=positive_int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="write torch's profiler trace of these steps into the run's folder, for chrome://tracing",
+    )
 
 
 def add_evaluation_arguments(parser):

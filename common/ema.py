@@ -4,37 +4,70 @@ import contextlib
 
 import torch
 
+CHUNK = 2**24  # elements averaged at once: what their differences take beside the weights
+
 
 class EMA:
     """fp32 average of named parameters, decay warmed up as min(decay, (1 + n) / (10 + n)) at update n.
 
-    `parameters`: dict of name to parameter, the trained ones only. The same dict must be given to every call: a
-    missing or additional name raises KeyError, never averages silently in part.
+    `parameters`: dict of name to parameter, the trained ones only, in fp32. The same dict must be given to every call:
+    a missing or additional name raises KeyError, never averages silently in part. offload: in the CPU's memory.
     """
 
-    def __init__(self, parameters, decay=0.999):
+    def __init__(self, parameters, decay=0.999, offload=False):
         self.decay = decay
-        self.updates = 0
         self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
+        if offload:
+            self.shadow = {name: p.cpu() for name, p in self.shadow.items()}
+        device = next(iter(self.shadow.values())).device if self.shadow else "cpu"
+        self._updates = torch.zeros((), device=device)  # on the device: whether an update counts is known there
+
+    @property
+    def updates(self):
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, count):
+        self._updates.fill_(count)
 
     @torch.no_grad()
-    def step(self, parameters):
+    def step(self, parameters, taken=True):
+        """Average the parameters; taken: a bool, or one on the device: where it is false nothing changes."""
         self._check(parameters)
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, parameter in parameters.items():
-            self.shadow[name].lerp_(parameter.detach().float(), 1 - decay)
+        device = self._updates.device
+        taken = torch.as_tensor(taken).to(device).float()
+        self._updates += taken
+        weight = (9 / (10 + self._updates)).clamp(min=1 - self.decay) * taken  # 1 - min(decay, (1 + n) / (10 + n))
+        for names in self._chunks():
+            shadows = [self.shadow[name] for name in names]
+            values = [parameters[name].detach().to(device) for name in names]
+            differences = torch._foreach_sub(values, shadows)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(shadows, differences)
 
     @contextlib.contextmanager
     def applied(self, parameters):
-        """Within the context the parameters hold the average; afterwards their own values again, bit for bit."""
+        """Within the context the parameters are the average itself, no copy of it; afterwards themselves again."""
         self._check(parameters)
-        own = {name: p.detach().clone() for name, p in parameters.items()}
+        own = {name: p.data for name, p in parameters.items()}
         try:
-            copy_tensors(self.shadow, parameters)
+            for name, parameter in parameters.items():
+                parameter.data = self.shadow[name].to(parameter.device, parameter.dtype)
             yield
         finally:
-            copy_tensors(own, parameters)
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
+
+    def _chunks(self):
+        names, size = [], 0
+        for name, shadow in self.shadow.items():
+            names.append(name)
+            size += shadow.numel()
+            if size >= CHUNK:
+                yield names
+                names, size = [], 0
+        if names:
+            yield names
 
     def _check(self, parameters):
         if parameters.keys() != self.shadow.keys():
@@ -45,8 +78,8 @@ class EMA:
 @torch.no_grad()
 def follow(target, parameters, decay):
     """target = decay target + (1 - decay) parameters, for dicts of the same names; without EMA's warm-up."""
-    for name, parameter in parameters.items():
-        target[name].lerp_(parameter, 1 - decay)
+    names = list(parameters)
+    torch._foreach_lerp_([target[name] for name in names], [parameters[name] for name in names], 1 - decay)
 
 
 @torch.no_grad()

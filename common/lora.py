@@ -1,13 +1,16 @@
 """LoRAs: adapters on a UNet, saved with their alpha, loaded back, merged."""
 
 import contextlib
+import functools
 import json
 import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
@@ -44,6 +47,34 @@ def add_lora(unet, args):
     except ValueError as error:
         raise UsageError(f"--lora_targets: {first_line(error)}.") from None
     cast_training_params(unet, dtype=torch.float32)
+    fold_wide_adapters(unet)
+
+
+def fold_wide_adapters(unet):
+    """Where an adapter costs more than its layer, let the layer compute with W + s B A instead of W, then s B A.
+
+    Which is so where the rank is a large part of the width, as on small models: forward, and twice backward, an
+    adapter's products are those of A and B; folded, one more product of the layer's size makes the gradient of its
+    weight. In fp32 alone: rounded to half precision, a sum would lose what is small in it.
+    """
+    for layer in unet.modules():
+        if not isinstance(layer, Linear | Conv2d):
+            continue
+        weight = layer.get_base_layer().weight
+        adapter = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
+        if weight.dtype == torch.float32 and 3 * adapter > weight.numel():
+            layer.forward = functools.partial(_folded, layer, layer.forward)
+
+
+def _folded(layer, forward, x, *args, **kwargs):
+    if layer.disable_adapters or layer.merged:
+        return forward(x, *args, **kwargs)
+    base, (down, up) = layer.get_base_layer(), (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    product = (up.flatten(1) @ down.flatten(1)).view_as(base.weight)  # a convolution's up is 1x1
+    weight = base.weight + layer.scaling["default"] * product
+    if isinstance(layer, Linear):
+        return F.linear(x, weight, base.bias)
+    return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation)
 
 
 def student_unet(args, pipeline, embedded=False):

@@ -1,7 +1,8 @@
 """Optimization: AdamW, the learning rate of a step, and an update that is clipped and then taken, or skipped.
 
 An update whose gradient is not finite is skipped and counted, with its average: one broken batch, or one overflow of
-fp16, costs one update and no weights. `Run.count` ends a run that skips too many in a row.
+fp16, costs one update and no weights. `Run.count` ends a run that skips too many in a row. The optimizer itself looks
+whether to skip, on the device, so that no step waits for it.
 """
 
 import math
@@ -61,6 +62,7 @@ def clip(run, optimizer, parameters, name="student"):
     The norm is in run.norms, as grad_norm (of the student) or <name>_grad_norm. Raises RuntimeError where a parameter
     got no gradient: it would never learn.
     """
+    run.phase("optimizer")
     if not run.accelerator.sync_gradients:
         return
     without = [key for key, p in parameters.items() if p.grad is None]
@@ -80,11 +82,18 @@ def update(run, optimizer, parameters, ema=None, name="student"):
     """
     if not run.accelerator.sync_gradients:
         return
-    finite = bool(run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"].isfinite())
-    if finite or getattr(optimizer, "scaler", None) is not None:  # a scaler skips itself, and lowers its scale
+    broken = ~run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"].isfinite()
+    plain = getattr(optimizer, "optimizer", optimizer)
+    if getattr(optimizer, "scaler", None) is not None:  # a scaler skips itself, and lowers its scale
+        optimizer.step()
+    elif isinstance(plain, torch.optim.AdamW):  # fused: where this is 1 it leaves everything as it is
+        plain.grad_scale, plain.found_inf = None, broken.float()
+        optimizer.step()
+    elif not broken:  # bitsandbytes' knows no such thing
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    in_all, in_a_row = run.state["skipped"].get(name, (0, 0))
-    run.state["skipped"][name] = [in_all + (not finite), 0 if finite else in_a_row + 1]
-    if finite and ema is not None:
-        ema.step(parameters)
+    counts = run.skipped.get(name)
+    in_all, in_a_row = torch.zeros(2, dtype=torch.long, device=broken.device) if counts is None else counts
+    run.skipped[name] = torch.stack([in_all + broken, (in_a_row + 1) * broken])
+    if ema is not None:
+        ema.step(parameters, ~broken)

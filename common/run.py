@@ -17,7 +17,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
@@ -27,6 +33,7 @@ from common.hooks import register_checkpoint_hooks
 from common.hub import upload
 from common.identity import identity_of
 from common.randomness import seed_all
+from common.timing import Phases, Profile, peak_memory
 
 STOPPED = 75  # exit status of a run that a signal ended and that can be resumed (sysexits' EX_TEMPFAIL: try again)
 
@@ -43,13 +50,15 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     folder = Path(args.output_dir) / (args.run_name or "") / (subfolder or "")
     timeout = timedelta(seconds=args.ddp_timeout)
     no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
+    # What is trained has no buffers that change, and its gradients need not lie in memory twice.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=no_gpu,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), ddp],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(
@@ -86,7 +95,8 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
-    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state)
+    phases = Phases(accelerator.device)
+    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state, phases)
 
 
 def on_main_process(accelerator, decide):
@@ -174,12 +184,16 @@ class Run:
     stop: StopSignal
     step: int  # optimizer steps done
     state: dict
+    phases: Phases
     trained: dict = field(default_factory=dict)  # name to {name: parameter}
     averages: dict = field(default_factory=dict)  # name to EMA
     norms: dict = field(default_factory=dict)  # name to the last gradient norm; see common/optimization.py
-    terms: dict = field(default_factory=dict)  # what `add` was given in this step
-    logs: dict = field(default_factory=dict)  # what the last `count` reported
+    skipped: dict = field(default_factory=dict)  # name to updates skipped (in all, in a row), long (2,), on the device
+    terms: dict = field(default_factory=dict)  # what `add` was given since the last report
+    logs: dict = field(default_factory=dict)  # the last report
+    reported: int = 0  # the step of it
     bar: object = None
+    profile: Profile | None = None
     tracked: bool = True  # until a tracker fails
 
     @property
@@ -202,12 +216,16 @@ class Run:
             ours.update(theirs)
         if self.bar is not None:
             return
-        self.state.setdefault("skipped", {})  # name to [updates skipped in all, in a row]
         register_checkpoint_hooks(self.accelerator, self.trained, self.averages)
         if self.checkpoint:
             checkpoints.load_checkpoint(self.accelerator, self.checkpoint)
             for name, ema in averages.items():
                 ema.updates = self.state["averaged"][name]
+        for name, counts in self.state.setdefault("skipped", {}).items():
+            self.skipped[name] = torch.tensor(counts, device=self.device)
+        self.reported = self.step
+        if self.args.profile_steps and self.accelerator.is_main_process:
+            self.profile = Profile(self.args.profile_steps, self.folder, self.phases.on_gpu)
         if self.accelerator.log_with:
             config = {
                 name: value if isinstance(value, int | float) else str(value)
@@ -230,7 +248,12 @@ class Run:
         for number in range(self.args.gradient_accumulation_steps * updates):
             if number < self.args.gradient_accumulation_steps:
                 self._stop_if_told()
-            yield next(loader)
+            if self.profile and number == 0:
+                self.profile.before(self.step + 1)
+            self.phases.mark("data")
+            batch = next(loader)
+            self.phases.mark("encode")
+            yield batch
 
     def _stop_if_told(self):
         if not self.stop.requested():
@@ -242,29 +265,46 @@ class Run:
         self._leave()
         raise Stopped
 
+    def phase(self, name):
+        """From here on the time goes to the "teacher", say; `batches` and `clip` mark what comes before and after."""
+        self.phases.mark(name)
+
     def add(self, **terms):
-        """Add scalars of a micro-batch to what `count` reports: their means over micro-batches and processes."""
+        """Add scalars of a micro-batch to what `count` reports: means over micro-batches, processes and steps."""
         for name, value in terms.items():
             share = torch.as_tensor(value).detach().float() / self.args.gradient_accumulation_steps
             self.terms[name] = self.terms.get(name, 0) + share
 
     def count(self, shown=("loss", "grad_norm"), **more):
-        """Count an optimizer step; log what was added, gradient norms, skipped updates and `more`. One device sync.
+        """Count an optimizer step. Every --logging_steps, at the first and at the last, report what there is.
 
-        shown: names beside the bar. Raises UsageError, after a checkpoint, where too many updates in a row were
-        skipped.
+        That is: what was added since the last report, the last gradient norms, skipped updates, `more`, speed, seconds
+        by phase and memory. Nothing else waits for the device. shown: names beside the bar. Raises UsageError, after a
+        checkpoint, where too many updates in a row were skipped.
         """
         self.step += 1
+        self.phases.mark(None)
         self.bar.update()
-        values = [torch.as_tensor(value, device=self.device).float() for value in self.terms.values()]
-        names, norms = list(self.terms), list(self.norms.values())
+        if self.profile and (written := self.profile.after(self.step)):
+            self.accelerator.print(f"Profile: {written}")
+        last = self.step in (1, self.args.max_train_steps)
+        if not (last or self.step % self.args.logging_steps == 0):
+            return
+        steps = self.step - self.reported
+        values = [torch.as_tensor(value, device=self.device).float() / steps for value in self.terms.values()]
+        names, norms, skipped = list(self.terms), list(self.norms.values()), list(self.skipped.values())
         reduced = self.accelerator.reduce(torch.stack(values), reduction="mean")
-        found = torch.cat([reduced, torch.stack(norms)]) if norms else reduced
-        self.logs = dict(zip([*names, *self.norms], found.tolist()))
-        self.logs["skipped"] = sum(count for count, _ in self.state["skipped"].values())
-        self.bar.set_postfix({name: f"{self.logs[name]:.4g}" for name in shown})
-        self._log({**self.logs, **more})
-        self.terms = {}
+        found = torch.cat([reduced, *(norm.view(1) for norm in norms), *(counts.float() for counts in skipped)])
+        found = found.tolist()
+        self.logs = dict(zip([*names, *self.norms], found))
+        counts = [int(count) for count in found[len(names) + len(norms) :]]
+        self.state["skipped"] = {name: counts[2 * i : 2 * i + 2] for i, name in enumerate(self.skipped)}
+        self.logs["skipped"] = sum(counts[::2])
+        speed = self._speed(steps)
+        shown = {name: f"{self.logs[name]:.4g}" for name in shown}
+        self.bar.set_postfix({**shown, "samples/s": f"{speed['samples_per_second']:.3g}"})
+        self._log({**self.logs, **more, **speed})
+        self.terms, self.reported = {}, self.step
         for name, (_, in_a_row) in self.state["skipped"].items():
             if in_a_row >= self.args.max_skipped_updates:
                 self.save(now=True)
@@ -274,6 +314,17 @@ class Run:
                     "another --run_name, with a lower learning rate or with bf16 instead of fp16; or, "
                     "where the data of these steps are broken, resume."
                 )
+
+    def _speed(self, steps):
+        """{name: number} on the last so many steps: speed, seconds of a step by phase, memory, time left."""
+        seconds = {f"seconds_{name}": taken / steps for name, taken in self.phases.read().items()}
+        step = max(sum(seconds.values()), 1e-9)
+        return {
+            **seconds,
+            "samples_per_second": self.global_batch_size / step,
+            "seconds_left": step * (self.args.max_train_steps - self.step),
+            "peak_memory_gb": peak_memory(self.device) / 1e9,
+        }
 
     def validates(self):
         """Whether this step is one after which samples are drawn."""
@@ -296,6 +347,7 @@ class Run:
                     "learning rate."
                 )
         self.state["averaged"] = {name: ema.updates for name, ema in self.averages.items()}
+        self.state["skipped"] = {name: counts.tolist() for name, counts in self.skipped.items()}
         healthy = all(in_a_row == 0 for _, in_a_row in self.state["skipped"].values())
         try:
             checkpoints.save_checkpoint(

@@ -118,6 +118,7 @@ def main(args):
                 latents = encode_images(pipeline.vae, recolored(batch["pixel_values"], args.recolor))
                 noise, timesteps = draw(args, batch["step"], batch["positions"], latents, schedule.num_train_timesteps)
                 z = schedule.noisy_input(latents, noise, timesteps)
+                run.phase("student")
                 with accelerator.autocast():
                     output = predict(student, z, timesteps, conditioning)
                 loss = (output - schedule.target(latents, noise, timesteps)).square().mean()

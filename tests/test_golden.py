@@ -35,7 +35,7 @@ def figures(command, folder, monkeypatch):
     monkeypatch.setattr(Run, "count", spy)
     script, *flags = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
-    run_in_process(module, *flags, "--report_to", "none", "--output_dir", folder)
+    run_in_process(module, *flags, "--report_to", "none", "--logging_steps", 1, "--output_dir", folder)
     return found
 
 
