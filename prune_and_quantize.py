@@ -41,7 +41,7 @@ from common.compression.lora_check import check_loras, lora_files, rows_of
 from common.compression.manifest import MANIFEST, read_manifest
 from common.compression.pruning import calibrate, few_of, prune_round, replay
 from common.compression.report import layers_kept, write_report
-from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, guidance_embedding, predict
+from common.conditioning import conditioning_of, encode_empty_prompt, guidance_embedding, latents_of, predict
 from common.contract import make_contract, read_distillation, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
@@ -342,11 +342,11 @@ def main(args):
             learning_rate = set_learning_rate(optimizer, learning_rate_at(inside, args, args.finetune_steps))
             for batch in run.batches(loader):
                 with accelerator.accumulate(student):
-                    conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
+                    conditioning = conditioning_of(pipeline, batch, args.resolution)
                     teacher_conditioning = conditioning.to(run.dtype)
                     if not one_text:
-                        teacher_conditioning = encode_prompts(teacher, batch["captions"], args.resolution)
-                    latents = encode_images(teacher.vae, batch["pixel_values"])
+                        teacher_conditioning = conditioning_of(teacher, batch, args.resolution)
+                    latents = latents_of(teacher, batch)
                     drawn = draw(args, batch["step"], batch["positions"], shape, timesteps_known)
                     noise, timesteps = (x.to(run.device) for x in drawn)
                     z, target = schedule.noisy_input(latents, noise, timesteps), None

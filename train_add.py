@@ -24,12 +24,12 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 
 import argparse
 import copy
-from functools import partial
 
 import torch
 
 from common import arguments
-from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict, predict_guided
+from common.cache import ROLLED_OUT_BY, Rollouts
+from common.conditioning import conditioning_of, latents_of, predict, predict_guided, unconditional_of
 from common.contract import make_contract, read_teacher, takes_guidance
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout
@@ -44,7 +44,7 @@ from common.pipelines import check_compatible, check_same_inputs, load_frozen, l
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import shorter_schedules, student_scheduler, student_timesteps
-from common.settle import settle
+from common.settle import check_rollouts, settle
 from common.single_file import pipeline_folder
 
 
@@ -66,11 +66,9 @@ def parse_args(argv=None):
     )
     add("--distill_timesteps", **between, help="of score: re-noise to one of these, uniformly (default: 20 979)")
     add("--num_ddim_steps", type=arguments.positive_int, help="of sample: teacher steps (default: 8)")
-    add(
-        "--cache_rollouts",
-        type=arguments.positive_int,
-        help="of sample: keep the teacher's samples of so many steps in memory and cycle over them (default: never)",
-    )
+    arguments.add_teacher_step_arguments(add)
+    kept = "of sample: keep the teacher's samples of so many steps in memory and cycle over them (default: never)"
+    arguments.add_rollout_arguments(add, in_memory=kept)
     add("--guidance_scale", type=arguments.weight, help="teacher's guidance (default: as it was saved, else 7.5)")
     add = parser.add_argument_group("discriminator").add_argument
     add(
@@ -182,6 +180,7 @@ def check_arguments(args):
         ("distill_timesteps", (20, 979), "--distill_target score", not sampled),
         ("num_ddim_steps", 8, "--distill_target sample", sampled),
         ("cache_rollouts", 0, "--distill_target sample", sampled),
+        ("rollout_cache", None, "--distill_target sample", sampled),
         ("discriminator_timesteps", (20, 979), "--discriminator unet", not images),
         ("feature_model_name_or_path", "facebook/dinov2-small", "--discriminator dinov2", images),
         ("feature_resolution", 224, "--discriminator dinov2", images),
@@ -196,8 +195,10 @@ def check_arguments(args):
             raise UsageError(f"--{name} {low} {high} is no range of the model's timesteps, 0 to 999.")
     if args.lambda_distill == 0 and args.discriminator_start_step > 0:
         raise UsageError("--lambda_distill 0: until --discriminator_start_step there would be nothing to learn.")
-    if args.lambda_distill == 0 and args.cache_rollouts:
-        raise UsageError("--cache_rollouts keeps what the teacher says, and --lambda_distill 0 never asks it.")
+    if args.lambda_distill == 0 and (args.cache_rollouts or args.rollout_cache):
+        raise UsageError("--cache_rollouts, --rollout_cache: --lambda_distill 0 never asks what the teacher says.")
+    if args.cache_rollouts and args.rollout_cache:
+        raise UsageError("--cache_rollouts keeps what --rollout_cache has already: leave one of them out.")
     if args.mismatched_captions and args.train_batch_size % 2:
         raise UsageError(
             f"--mismatched_captions swaps the captions of neighbours: --train_batch_size {args.train_batch_size} "
@@ -236,8 +237,8 @@ def own_unet(args, pipeline):
 
 
 def draw(args, step, positions, latents):
-    """Per-sample randomness of the student by global position: indices into its timesteps and timesteps to re-noise
-    to for the teacher, (B,), and noise like latents for the student's input and for the teacher's.
+    """Per-sample randomness of the student by global position: on the CPU, indices into its timesteps, timesteps to
+    re-noise to for the teacher, (B,), and noise like latents for the student's input and for the teacher's.
 
     All are drawn whatever the options. A cached step comes again with the same.
     """
@@ -249,8 +250,8 @@ def draw(args, step, positions, latents):
         slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         distill.append(torch.randint(low, high + 1, (), generator=generator))
         noise.append(torch.randn((2, *latents.shape[1:]), generator=generator))
-    times = [torch.stack(drawn).to(latents.device) for drawn in (slots, distill)]
-    return *times, *torch.stack(noise, dim=1).to(latents.device)
+    distill = torch.stack(distill).to(latents.device)
+    return torch.stack(slots), distill, *torch.stack(noise, dim=1).to(latents.device)
 
 
 def draw_judged(args, number, positions, latents):
@@ -276,18 +277,23 @@ def perturbation(args, number, positions, features):
 
 
 @torch.no_grad()
-def teach(args, guided, schedule, z, timesteps, x_student, distill_timesteps, noise):
+def teach(args, guided, schedule, conditioning, z, timesteps, x_student, distill_timesteps, noise):
     """(x_psi (B, C, H, W), c(t) (B,)): what the guided teacher makes of the student, and how much it counts, eq. (4).
 
-    guided(z, timesteps): the teacher's output. score: its x0 of x^, x_student, re-noised to distill_timesteps (B,) by
-    noise. sample: where --num_ddim_steps of it take the student's own input z, from timesteps (B,) to the end.
+    guided(z, timesteps, conditioning): the teacher's output. score: its x0 of x^, x_student, re-noised to
+    distill_timesteps (B,) by noise. sample: where --num_ddim_steps of it take the student's own input z, from
+    timesteps, (B,) on the CPU, to the end.
     """
     if args.distill_target == "sample":
-        ends = torch.full_like(timesteps, -1)
-        sample = ddim_rollout(guided, schedule, z, timesteps, ends, args.num_ddim_steps)
+
+        def moved(z, timesteps, rows):
+            return guided(z, timesteps, conditioning if rows is None else conditioning.rows(rows))
+
+        ends, steps = torch.full_like(timesteps, -1), (args.num_ddim_steps, args.teacher_steps == "proportional")
+        sample = ddim_rollout(moved, schedule, z, timesteps, ends, *steps, args.solver)
         return sample, torch.ones(len(z), device=z.device)
     z = schedule.add_noise(x_student, noise, distill_timesteps)
-    x_teacher = schedule.to_x0(guided(z, distill_timesteps), z, distill_timesteps)
+    x_teacher = schedule.to_x0(guided(z, distill_timesteps, conditioning), z, distill_timesteps)
     return x_teacher, schedule.alpha(distill_timesteps).flatten()
 
 
@@ -312,8 +318,10 @@ def show(run, pipeline, scheduler, step_counts):
 def main(args):
     check_arguments(args)
     settle(args)
-    guidance_scale = read_teacher(args, hint=", and give this one as --student_model")["guidance_scale"]
+    from_contract = read_teacher(args, hint=", and give this one as --student_model")
+    guidance_scale = from_contract["guidance_scale"]
     check_models(args)
+    check_rollouts(args, from_contract, **{name: getattr(args, name, "x0") for name in ROLLED_OUT_BY})
     dataset = load_dataset_from_args(args)
     run = open_run(args)
     accelerator, start, updates = run.accelerator, args.discriminator_start_step, args.discriminator_updates
@@ -321,16 +329,20 @@ def main(args):
         accelerator.print(f"--discriminator_start_step {start}: the student learns from the teacher alone.")
 
     # 1 frozen models, in the compute dtype
-    pipeline = load_frozen(args, run)
-    teacher, vae = pipeline.unet, pipeline.vae
+    real = args.discriminator == "dinov2" or not args.cache_dir  # images that are to be encoded, or decoded
+    pipeline = load_frozen(args, run, needs=["vae"] * real)
+    teacher = pipeline.unet
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
     steps = args.num_inference_steps
     scheduler = student_scheduler(pipeline.scheduler, "x0", steps)
     contract = make_contract(args, "add", "x0", steps, student_timesteps(scheduler, steps))
-    student_times = torch.tensor(contract["timesteps"], device=run.device)
+    student_times = torch.tensor(contract["timesteps"])
     step_counts = shorter_schedules(scheduler, steps)
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
-    guided = partial(predict_guided, teacher, unconditional=unconditional, guidance_scale=guidance_scale)
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
+
+    def guided(z, timesteps, conditioning):
+        return predict_guided(teacher, z, timesteps, conditioning, unconditional, guidance_scale)
+
     sight = make_sight(args, run, pipeline, schedule)
 
     # 2 trained, in fp32
@@ -349,7 +361,7 @@ def main(args):
     head_optimizer = head_optimizer.optimizer  # the heads are fp32: fp16's loss scaling is not theirs
     run.register({"student": parameters, "discriminator": head_parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step, args.cache_rollouts, updates))
-    rollouts = {}  # (step within the cycle, micro-batch) to what the teacher said, on the CPU
+    rollouts = Rollouts(pipeline, args.resolution, args.cache_rollouts * updates)
     names = ["discriminator", "r1", "d_real", "d_fake"] + ["d_mismatched"] * args.mismatched_captions
 
     while run.step < args.max_train_steps:
@@ -366,11 +378,14 @@ def main(args):
                 continue
             with accelerator.accumulate(student, heads):
                 # draw
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                latents = encode_images(vae, batch["pixel_values"])
+                latents, rollout = latents_of(pipeline, batch), rollouts.of(batch, micro_batch)
                 slots, distill_timesteps, noise, new_noise = draw(args, batch["step"], batch["positions"], latents)
-                timesteps = student_times[slots]
-                z = schedule.noisy_input(latents, noise, timesteps)
+                if rollout is None:
+                    conditioning = conditioning_of(pipeline, batch, args.resolution)
+                    timesteps = student_times[slots].to(run.device, non_blocking=True)
+                    z = schedule.noisy_input(latents, noise, timesteps)
+                else:
+                    conditioning, z, timesteps, _, sample = rollout
 
                 # student
                 run.phase("student")
@@ -380,15 +395,14 @@ def main(args):
 
                 # teach
                 run.phase("teacher")
-                target, key = None, (batch["step"], micro_batch)
-                if trains_student and key in rollouts:
-                    target = tuple(x.to(run.device) for x in rollouts[key])
+                target = None
+                if trains_student and rollout is not None:
+                    target = sample, torch.ones(len(z), device=run.device)
                 elif trains_student and args.lambda_distill:
-                    given = partial(guided, conditioning=conditioning)
+                    asked = conditioning, z, student_times[slots], x_student, distill_timesteps, new_noise
                     with accelerator.autocast():
-                        target = teach(args, given, schedule, z, timesteps, x_student, distill_timesteps, new_noise)
-                    if args.cache_rollouts:
-                        rollouts[key] = tuple(x.cpu() for x in target)
+                        target = teach(args, guided, schedule, *asked)
+                    rollouts.keep(batch, micro_batch, (conditioning, z, timesteps, timesteps, target[0]))
 
                 # judge
                 run.phase("student")

@@ -22,7 +22,8 @@ from functools import partial
 import torch
 
 from common import arguments
-from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict, predict_guided
+from common.cache import ROLLED_OUT_BY, Rollouts
+from common.conditioning import conditioning_of, latents_of, predict, predict_guided, unconditional_of
 from common.contract import make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout, pointwise_distance
@@ -37,7 +38,7 @@ from common.pipelines import load_frozen, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps
-from common.settle import settle
+from common.settle import check_rollouts, settle
 
 
 def parse_args(argv=None):
@@ -45,18 +46,18 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--num_ddim_steps", type=arguments.positive_int, default=8, help="K: teacher DDIM steps per student step")
+    add("--num_ddim_steps", type=arguments.positive_int, default=8, help="K: teacher steps per student step")
+    arguments.add_teacher_step_arguments(add)
     arguments.add_few_step_arguments(add)
     add("--guidance_scale", type=arguments.weight, help="teacher's guidance (default: as it was saved, else 7.5)")
     add("--target", choices=("x0", "next"), default="x0", help="the teacher's clean latents, or at the next timestep")
     add("--loss", choices=("l2", "huber", "lpips"), default="huber", help="distance d; lpips compares decoded crops")
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none", help="of a timestep's x0 error")
     add("--lpips_trunk_path", help=f"{arguments.LPIPS_HELP} (default: download)")
-    add(
-        "--cache_rollouts",
-        type=arguments.natural,
-        help="keep the teacher's roll-outs of so many steps in memory and "
-        "cycle over them: a step costs one student pass (default: 64 for the embedded default, else 0: never)",
+    arguments.add_rollout_arguments(
+        add,
+        in_memory="keep the teacher's roll-outs of so many steps in memory and cycle over them: a step costs one "
+        "student pass (default: 64 for the embedded default without --rollout_cache, else 0: never)",
     )
     arguments.add_lora_arguments(parser, lora_rank=4)
     arguments.add_optimization_arguments(parser, learning_rate=1e-3, train_batch_size=32, max_train_steps=500)
@@ -91,49 +92,55 @@ def check_arguments(args):
         raise UsageError("--loss_weighting weights errors in x0, which --target next does not compare: use 'none'.")
     if args.lpips_trunk_path and args.loss != "lpips":
         raise UsageError("--lpips_trunk_path is given but --loss is not lpips.")
+    if args.cache_rollouts and args.rollout_cache:
+        raise UsageError("--cache_rollouts keeps what --rollout_cache has already: leave one of them out.")
     if args.cache_rollouts is None:
-        args.cache_rollouts = 64 if args.pretrained_model_name_or_path is None else 0
+        args.cache_rollouts = 64 if args.pretrained_model_name_or_path is None and not args.rollout_cache else 0
 
 
 def draw(args, step, positions, latents):
-    """Per-sample randomness by global position: noise like latents, and indices into the student's timesteps (B,)."""
+    """Per-sample randomness by global position: noise like latents; on the CPU, indices into the timesteps (B,)."""
     noise, slots = [], []
     probs = torch.tensor(args.timestep_probs or [1.0] * args.num_inference_steps)
     for position in positions:
         generator = sample_generator(args.seed, step, position)
         slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    return torch.stack(noise).to(latents.device), torch.stack(slots).to(latents.device)
+    return torch.stack(noise).to(latents.device, non_blocking=True), torch.stack(slots)
 
 
 @torch.no_grad()
 def teach(args, teacher, schedule, z, timesteps, ends, conditioning, unconditional, guidance_scale):
-    """z* (B, C, H, W): where K guided DDIM steps of the teacher take z, from timesteps to ends (B,)."""
+    """z* (B, C, H, W): where K guided steps of the teacher take z, from timesteps to ends, (B,) on the CPU."""
 
-    def guided(z, timesteps):
-        return predict_guided(teacher, z, timesteps, conditioning, unconditional, guidance_scale)
+    def guided(z, timesteps, rows):
+        given = conditioning if rows is None else conditioning.rows(rows)
+        return predict_guided(teacher, z, timesteps, given, unconditional, guidance_scale)
 
+    steps = args.num_ddim_steps, args.teacher_steps == "proportional", args.solver
     with without_adapters(teacher):
-        return ddim_rollout(guided, schedule, z, timesteps, ends, args.num_ddim_steps)
+        return ddim_rollout(guided, schedule, z, timesteps, ends, *steps)
 
 
 def main(args):
     check_arguments(args)
     settle(args)
-    guidance_scale = read_teacher(args)["guidance_scale"]
-    dataset = load_dataset_from_args(args)
+    from_contract = read_teacher(args)
+    guidance_scale = from_contract["guidance_scale"]
+    check_rollouts(args, from_contract, **{name: getattr(args, name) for name in ROLLED_OUT_BY})
+    dataset = load_dataset_from_args(args, needs_images=not args.rollout_cache)
     run = open_run(args, subfolder="lora")
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype
-    pipeline = load_frozen(args, run)
+    pipeline = load_frozen(args, run, needs=["vae"] * (args.loss == "lpips"))
     teacher, vae = pipeline.unet, pipeline.vae
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
     steps = args.num_inference_steps
     scheduler = student_scheduler(pipeline.scheduler, args.target, steps)
     contract = make_contract(args, "flash_lora", args.target, steps, student_timesteps(scheduler, steps))
-    student_times = torch.tensor([*contract["timesteps"], -1], device=run.device)
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
+    student_times = torch.tensor([*contract["timesteps"], -1])
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
     lpips = load_lpips(args.lpips_trunk_path or "download").to(run.device) if args.loss == "lpips" else None
 
     # 2 trained, in fp32
@@ -145,30 +152,29 @@ def main(args):
     # 3 optimizer, resume, data
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
     run.register({"student": parameters}, {"student": ema})
-    loader = iter(build_dataloader(dataset, args, accelerator, run.step, cycle_steps=args.cache_rollouts))
-    rollouts = {}  # (step within the cycle, micro-batch) to (z, timesteps, end_timesteps, target), on the CPU
+    cycle = {"cycle_steps": args.cache_rollouts, "read_again": not args.cache_rollouts}
+    loader = iter(build_dataloader(dataset, args, accelerator, run.step, **cycle))
+    rollouts = Rollouts(pipeline, args.resolution, args.cache_rollouts)
 
     while run.step < args.max_train_steps:
         learning_rate = set_learning_rate(optimizer, learning_rate_at(run.step, args))
         for micro_batch, batch in enumerate(run.batches(loader)):
             with accelerator.accumulate(student):
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                key = (batch["step"], micro_batch)
-                if key in rollouts:
-                    z, timesteps, ends, target = (x.to(run.device) for x in rollouts[key])
-                else:
-                    latents = encode_images(vae, batch["pixel_values"])
+                rollout = rollouts.of(batch, micro_batch)
+                if rollout is None:
+                    conditioning = conditioning_of(pipeline, batch, args.resolution)
+                    latents = latents_of(pipeline, batch)
                     noise, slots = draw(args, batch["step"], batch["positions"], latents)
-                    timesteps = student_times[slots]
                     ends = student_times[slots + 1 if args.target == "next" else torch.full_like(slots, -1)]
+                    places = student_times[slots], ends
+                    timesteps, ends = (x.to(run.device, non_blocking=True) for x in places)
                     z = schedule.noisy_input(latents, noise, timesteps)
                     run.phase("teacher")
                     with accelerator.autocast():
-                        target = teach(
-                            args, teacher, schedule, z, timesteps, ends, conditioning, unconditional, guidance_scale
-                        )
-                    if args.cache_rollouts:
-                        rollouts[key] = tuple(x.cpu() for x in (z, timesteps, ends, target))
+                        given = conditioning, unconditional, guidance_scale
+                        target = teach(args, teacher, schedule, z, *places, *given)
+                    rollout = rollouts.keep(batch, micro_batch, (conditioning, z, timesteps, ends, target))
+                conditioning, z, timesteps, ends, target = rollout
 
                 run.phase("student")
                 with accelerator.autocast():

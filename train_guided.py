@@ -21,7 +21,7 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 import torch
 
 from common import arguments
-from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, guidance_embedding, predict
+from common.conditioning import conditioning_of, guidance_embedding, latents_of, predict, unconditional_of
 from common.contract import STEPS, make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
@@ -125,14 +125,14 @@ def main(args):
 
     # 1 frozen models, in the compute dtype
     pipeline = load_frozen(args, run)
-    teacher, vae = pipeline.unet, pipeline.vae
+    teacher = pipeline.unet
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
     steps, chain = from_contract["steps"], from_contract["timesteps"]
     kind, scale = ("embedded", guidance_scale) if embedded else ("baked", 1.0)
     contract = make_contract(args, "guided", "next", steps, chain, kind, scale)
     chain = chain or range(schedule.num_train_timesteps)  # a few-step teacher knows no others than its own
     scheduler = ddim_scheduler(pipeline.scheduler, steps or STEPS)
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
 
     # 2 trained, in fp32
     unet = student_unet(args, pipeline, embedded)
@@ -149,8 +149,8 @@ def main(args):
         learning_rate = set_learning_rate(optimizer, learning_rate_at(run.step, args))
         for batch in run.batches(loader):
             with accelerator.accumulate(student):
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                latents = encode_images(vae, batch["pixel_values"])
+                conditioning = conditioning_of(pipeline, batch, args.resolution)
+                latents = latents_of(pipeline, batch)
                 noise, timesteps, scales = draw(args, batch["step"], batch["positions"], latents, chain)
                 z = schedule.noisy_input(latents, noise, timesteps)
                 scales = scales if embedded else torch.full_like(scales, guidance_scale)

@@ -24,13 +24,14 @@ import copy
 import torch
 
 from common import arguments
+from common.cache import Rollouts
 from common.conditioning import (
-    encode_empty_prompt,
-    encode_images,
-    encode_prompts,
+    conditioning_of,
     guidance_embedding,
+    latents_of,
     predict,
     predict_guided,
+    unconditional_of,
 )
 from common.contract import make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
@@ -45,7 +46,7 @@ from common.pipelines import load_frozen, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps
-from common.settle import settle
+from common.settle import check_rollouts, settle
 
 
 def parse_args(argv=None):
@@ -67,6 +68,7 @@ def parse_args(argv=None):
         default=50,
         help="steps of the teacher's DDIM schedule over all timesteps, 1000 / 50 = 20 apart: must divide 1000",
     )
+    arguments.add_rollout_arguments(add)
     arguments.add_lora_arguments(parser)
     arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=500)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/lcm")
@@ -100,6 +102,8 @@ def check_arguments(args):
         raise UsageError(f"{name} {args.num_inference_steps} is more than --num_ddim_steps {steps}, what is trained.")
     if args.lora_rank and args.target_ema_decay is not None:
         raise UsageError("--target_ema_decay is about a full UNet, not a LoRA: leave it out, or --lora_rank.")
+    if args.rollout_cache and phases > 1:
+        raise UsageError("--rollout_cache is for --num_phases 1.")
     args.target_ema_decay = 0.95 if args.target_ema_decay is None else args.target_ema_decay
 
 
@@ -142,13 +146,17 @@ def main(args):
     from_contract = read_teacher(args)
     guidance_scale, embedded = from_contract["guidance_scale"], settle_range(args, from_contract)
     low, high = args.guidance_min, args.guidance_max
-    dataset = load_dataset_from_args(args)
+    if args.rollout_cache and embedded:
+        raise UsageError("--rollout_cache holds one guidance scale, and this student learns a range: add --lora_rank.")
+    one_step = {"target": "next", "num_inference_steps": args.num_ddim_steps, "timestep_probs": None}
+    check_rollouts(args, from_contract, **one_step)
+    dataset = load_dataset_from_args(args, needs_images=not args.rollout_cache)
     run = open_run(args)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype
     pipeline = load_frozen(args, run)
-    teacher, vae = pipeline.unet, pipeline.vae
+    teacher = pipeline.unet
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
     steps = args.num_inference_steps
     target = "next" if args.num_phases > 1 else "x0"
@@ -157,7 +165,7 @@ def main(args):
     contract = make_contract(args, "lcm", target, steps, student_timesteps(scheduler, steps), kind, scale)
     student_times = torch.tensor([*contract["timesteps"], -1], device=run.device)
     grid = phase_grid(student_times if args.num_phases > 1 else student_times[[0, -1]], args.num_ddim_steps)
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
 
     # 2 trained, in fp32
     unet = student_unet(args, pipeline, embedded)
@@ -171,21 +179,27 @@ def main(args):
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
     run.register({"student": parameters, **slow}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
+    rollouts = Rollouts(pipeline, args.resolution)
 
     while run.step < args.max_train_steps:
         learning_rate = set_learning_rate(optimizer, learning_rate_at(run.step, args))
         for batch in run.batches(loader):
             with accelerator.accumulate(student):
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                latents = encode_images(vae, batch["pixel_values"])
-                noise, slots, shares = draw(args, batch["step"], batch["positions"], latents, len(grid[0]))
-                timesteps, ends, edges = (times[slots] for times in grid)
-                z = schedule.noisy_input(latents, noise, timesteps)
-                scales = low + (high - low) * shares if embedded else guidance_scale
-                timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
-                run.phase("teacher")
+                rollout, edges, timestep_cond = rollouts.of(batch), None, None
+                if rollout is None:
+                    conditioning = conditioning_of(pipeline, batch, args.resolution)
+                    latents = latents_of(pipeline, batch)
+                    noise, slots, shares = draw(args, batch["step"], batch["positions"], latents, len(grid[0]))
+                    timesteps, ends, edges = (times[slots] for times in grid)
+                    z = schedule.noisy_input(latents, noise, timesteps)
+                    scales = low + (high - low) * shares if embedded else guidance_scale
+                    timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                    run.phase("teacher")
+                    with accelerator.autocast():
+                        z_next = teach(teacher, schedule, z, timesteps, ends, conditioning, unconditional, scales)
+                    rollout = conditioning, z, timesteps, ends, z_next
+                conditioning, z, timesteps, ends, z_next = rollout
                 with torch.no_grad(), accelerator.autocast():
-                    z_next = teach(teacher, schedule, z, timesteps, ends, conditioning, unconditional, scales)
                     # At the clean end f is z_s whatever the output, so any timestep will do.
                     target_output = predict(target_unet, z_next, ends.clamp(min=0), conditioning, timestep_cond)
 

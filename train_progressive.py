@@ -24,16 +24,19 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop,
 <output_dir>/[<run_name>/]checkpoint-N/, a stage-<steps>/ after each stage and final/: whole pipelines, or LoRAs.
 """
 
+import argparse
+
 import torch
 
 from common import arguments
+from common.cache import Rollouts
 from common.conditioning import (
-    encode_empty_prompt,
-    encode_images,
-    encode_prompts,
+    conditioning_of,
     guidance_embedding,
+    latents_of,
     predict,
     predict_guided,
+    unconditional_of,
 )
 from common.contract import make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
@@ -44,11 +47,11 @@ from common.judging.previews import preview
 from common.lora import add_lora, student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import latent_shape, load_frozen, load_unet, set_up
+from common.pipelines import ENCODERS, latent_shape, load_frozen, load_unet, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
-from common.settle import settle
+from common.settle import check_rollouts, settle
 
 
 def parse_args(argv=None):
@@ -94,6 +97,7 @@ def parse_args(argv=None):
     )
     add("--guidance_max", type=arguments.weight, help="of such a teacher: largest scale drawn (default: 8)")
     add("--loss_space", choices=("v", "x"), default="v", help="error in v, or in x0 with weight max(SNR, 1)")
+    arguments.add_rollout_arguments(add)
     arguments.add_lora_arguments(parser)
     arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=None)
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/progressive")
@@ -271,6 +275,14 @@ def merged_teacher(args, run, lora):
     return unet.requires_grad_(False).to(run.device, run.dtype)
 
 
+def halving(args, students):
+    """{name: value} of the roll-outs that the first stage's teacher makes. Raises UsageError where it has no such."""
+    if args.rollout_cache and (args.guidance_min, args.guidance_max) != (1.0, 8.0):
+        raise UsageError("--rollout_cache holds one guidance scale: leave out --guidance_min and --guidance_max.")
+    one_step = {"target": "next", "num_inference_steps": students[0], "timestep_probs": None, "solver": "ddim"}
+    return {**one_step, "num_ddim_steps": teacher_steps_in_one(args.start_steps, students[0])}
+
+
 def check_stage(run, lengths):
     """CheckpointError where a run resumes at the end of a stage whose student wasn't handed on: Run.count ended it."""
     stage, _ = stage_at(run.step, lengths)
@@ -314,13 +326,16 @@ def main(args):
     guidance_scale, embedded = from_contract["guidance_scale"], from_contract["guidance"] == "embedded"
     students = student_steps(args.start_steps, args.num_inference_steps, args.stages)
     lengths = stage_lengths(args, len(students))
-    dataset = load_dataset_from_args(args)
+    dataset = first = load_dataset_from_args(argparse.Namespace(**{**vars(args), "rollout_cache": None}))
+    check_rollouts(args, from_contract, **halving(args, students))
+    if args.rollout_cache:  # of the first stage, whose teacher is the one that was there before
+        first = load_dataset_from_args(args, needs_images=False)
     run = open_run(args, staged=True)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype; from the first student on guidance is inside the weights
-    pipeline = load_frozen(args, run)
-    teacher, vae = pipeline.unet, pipeline.vae
+    pipeline = load_frozen(args, run, needs=() if args.cache_dir else ENCODERS)
+    teacher = pipeline.unet
     schedule = NoiseSchedule(pipeline.scheduler, run.device)
     teachers = [args.start_steps, *students[:-1]]
     grids = [stage_grid(pipeline.scheduler, *stage, run.device) for stage in zip(teachers, students)]
@@ -330,7 +345,7 @@ def main(args):
         make_contract(args, "progressive", "next", steps, student_timesteps(scheduler, steps), kind, scale)
         for scheduler, steps in zip(schedulers, students)
     ]
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
 
     # 2 trained, in fp32; teacher_parameters, what a student hands on to the next stage's teacher: all, or its LoRA
     unet = student_unet(args, pipeline)
@@ -346,8 +361,8 @@ def main(args):
     student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
     run.register({"student": parameters, "teacher": teacher_parameters}, {"student": ema})
     check_stage(run, lengths)
-    loader = iter(build_dataloader(dataset, args, accelerator, run.step))
-    merged = 0  # the stage whose teacher is in memory, of a LoRA
+    rollouts = Rollouts(pipeline, args.resolution)
+    of_stage, merged = None, 0  # the stages of the data and, of a LoRA, of the teacher that is in memory
 
     while run.step < args.max_train_steps:
         stage, inside = stage_at(run.step, lengths)
@@ -356,24 +371,31 @@ def main(args):
         if args.lora_rank and merged != stage:
             teacher = None  # frees its memory first
             teacher, merged = merged_teacher(args, run, teacher_parameters), stage
+        if of_stage != stage:
+            of_stage, data = stage, first if stage == 0 else dataset
+            loader = iter(build_dataloader(data, args, accelerator, run.step))
         run.bar.set_description(f"{teachers[stage]} -> {steps} steps", refresh=False)
         learning_rate = set_learning_rate(optimizer, learning_rate_at(inside, args, lengths[stage]))
         for batch in run.batches(loader):
             with accelerator.accumulate(student):
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
-                if steps > 1:
-                    latents = encode_images(vae, batch["pixel_values"])
-                else:  # from pure noise alone, whatever the images
-                    shape = len(batch["captions"]), *latent_shape(pipeline, args.resolution)
-                    latents = torch.zeros(shape, device=run.device)
-                noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, steps)
-                times = [grid[slots] for grid in grids[stage]]
-                timesteps, next_timesteps = times[0], times[-1]
-                z = schedule.noisy_input(latents, noise, timesteps)
-                timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
-                run.phase("teacher")
-                with accelerator.autocast():
-                    z_next = teach(teacher, schedule, z, times, conditioning, unconditional, guidance, timestep_cond)
+                rollout, timestep_cond = rollouts.of(batch), None
+                if rollout is None:
+                    conditioning = conditioning_of(pipeline, batch, args.resolution)
+                    if steps > 1:
+                        latents = latents_of(pipeline, batch)
+                    else:  # from pure noise alone, whatever the images
+                        shape = len(batch["captions"]), *latent_shape(pipeline, args.resolution)
+                        latents = torch.zeros(shape, device=run.device)
+                    noise, slots, scales = draw(args, batch["step"], batch["positions"], latents, steps)
+                    times = [grid[slots] for grid in grids[stage]]
+                    z = schedule.noisy_input(latents, noise, times[0])
+                    timestep_cond = guidance_embedding(pipeline, scales, unet) if embedded else None
+                    run.phase("teacher")
+                    with accelerator.autocast():
+                        given = conditioning, unconditional, guidance, timestep_cond
+                        z_next = teach(teacher, schedule, z, times, *given)
+                    rollout = conditioning, z, times[0], times[-1], z_next
+                conditioning, z, timesteps, next_timesteps, z_next = rollout
 
                 run.phase("student")
                 with accelerator.autocast():

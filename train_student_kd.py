@@ -27,7 +27,7 @@ from common.arguments import weight
 from common.compression import students
 from common.compression.distillation import kd_loss, make_student
 from common.compression.manifest import read_manifest
-from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict
+from common.conditioning import conditioning_of, encode_empty_prompt, latents_of, predict, unconditional_of
 from common.contract import TINY_SD, make_contract, parent_source, read_distillation, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
@@ -39,19 +39,22 @@ from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import (
+    ENCODERS,
     check_compatible,
+    idle_encoders,
     keep_vae_right,
     latent_shape,
     load_frozen,
     load_pipeline,
     load_unet,
+    put_away,
     same_weights,
     set_up,
 )
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
-from common.settle import settle
+from common.settle import check_rollouts, settle
 
 
 def parse_args(argv=None):
@@ -93,6 +96,7 @@ def parse_args(argv=None):
         help="lengths of the diffusion chain, such as 1000 500 250: equal shares of the run train on the timesteps of "
         "ever shorter chains, and the last one's are the output's (default: all timesteps)",
     )
+    arguments.add_rollout_arguments(add)
     add("--random_latents", action="store_true", help="captions only: z ~ N(0, I) in place of noisy images")
     add("--teacher_cpu_offload", action="store_true", help="keep the teacher's UNet in the CPU's memory between uses")
     arguments.add_optimization_arguments(parser, learning_rate=5e-4, train_batch_size=32, max_train_steps=500)
@@ -121,6 +125,8 @@ def check_arguments(args):
     """Refuse, before anything is loaded, what can't work; fill in the defaults that belong to other flags."""
     if args.caption_dropout_end is None:
         args.caption_dropout_end = args.caption_dropout_start
+    if args.random_latents and args.rollout_cache:
+        raise UsageError("--random_latents takes noise, and --rollout_cache the teacher's samples: leave one out.")
     if args.random_latents and args.task_weight:
         raise UsageError(
             "--task_weight: --random_latents has no images, so no noise in them to predict: leave it out."
@@ -190,14 +196,21 @@ def load_pair(args, run):
 
     The student's UNet is in fp32, everything else frozen in the compute dtype.
     """
-    teacher, pipeline = load_frozen(args, run), load_pipeline(args.student_model, run.dtype, flag="--student_model")
+    teacher = load_frozen(args, run, needs=ENCODERS)
+    pipeline = load_pipeline(args.student_model, run.dtype, flag="--student_model")
     keep_vae_right(pipeline)
     pipeline.unet = load_unet(args, args.student_model)
     pipeline.to(run.device)
     texts = [name for name in pipeline.components if name.startswith("text_encoder")]
     one_text = all(same_weights(getattr(pipeline, name), getattr(teacher, name)) for name in texts)
+    if idle_encoders(args) and not one_text:
+        raise UsageError(
+            f"--student_model {args.student_model}: its text encoder is not the teacher's, whose embeddings a cache "
+            "holds: leave out --cache_dir and --rollout_cache."
+        )
     shared = ["vae", *(texts if one_text else [])]
     teacher.register_modules(**{name: getattr(pipeline, name) for name in shared})
+    put_away(pipeline, args), put_away(teacher, args)
     return pipeline, teacher, one_text
 
 
@@ -298,7 +311,8 @@ def main(args):
     settle_weights(args, from_contract)
     check_evaluation(args)
     check_student(args)
-    dataset = load_dataset_from_args(args, needs_images=not args.random_latents)
+    check_rollouts(args, from_contract, target="x0")
+    dataset = load_dataset_from_args(args, needs_images=not (args.random_latents or args.rollout_cache))
     ramps = {"--kd_alpha_end": args.kd_alpha_start != args.kd_alpha_end}
     ramps["--caption_dropout_end"] = args.caption_dropout_start != args.caption_dropout_end
     ramps["--chain_schedule"] = len(args.chain_schedule or []) > 1
@@ -308,7 +322,7 @@ def main(args):
 
     # 1 frozen models, in the compute dtype
     pipeline, teacher, one_text = load_pair(args, run)
-    unet, vae = pipeline.unet, pipeline.vae
+    unet = pipeline.unet
     teacher_schedule = NoiseSchedule(teacher.scheduler, run.device)
     scheduler, chains = student_scheduler(args, pipeline.scheduler, teacher_schedule)
     carried = {key: from_contract[key] for key in ("target", "steps", "timesteps", "guidance", "guidance_scale")}
@@ -321,7 +335,7 @@ def main(args):
         carried.update(target="next", steps=steps, timesteps=chains[-1])
     contract = make_contract(args, "student_kd", **carried)
     schedule = NoiseSchedule(scheduler, run.device)
-    unconditional = encode_empty_prompt(pipeline, args.resolution)
+    unconditional = unconditional_of(pipeline, dataset, args.resolution)
     teacher_unconditional = unconditional if one_text else encode_empty_prompt(teacher, args.resolution)
     # Samples during training: by the scheduler of the output where it is for few steps, else by trailing DDIM.
     sampler = scheduler if contract["steps"] else ddim_scheduler(scheduler, args.eval_inference_steps)
@@ -355,14 +369,14 @@ def main(args):
             with accelerator.accumulate(student):
                 drawn = draw(args, batch["step"], batch["positions"], shape, chain, dropout)
                 noise, timesteps, dropped = (x.to(run.device) for x in drawn)
-                conditioning = encode_prompts(pipeline, batch["captions"], args.resolution)
+                conditioning = conditioning_of(pipeline, batch, args.resolution)
                 conditioning = teacher_conditioning = conditioning.where(dropped, unconditional)
                 if not one_text:
-                    teacher_conditioning = encode_prompts(teacher, batch["captions"], args.resolution)
+                    teacher_conditioning = conditioning_of(teacher, batch, args.resolution)
                     teacher_conditioning = teacher_conditioning.where(dropped, teacher_unconditional)
                 z, target = noise, None  # --random_latents: alpha x + sigma eps is N(0, I) where x is
                 if not args.random_latents:
-                    latents = encode_images(vae, batch["pixel_values"])
+                    latents = latents_of(pipeline, batch)
                     z, target = noisy_pair(args, schedule, latents, noise, timesteps)
                 run.phase("teacher")
                 with accelerator.autocast():

@@ -59,7 +59,7 @@ FIT_CAPTIONS = 256  # that the projection of a narrower hidden size is first fit
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     arguments.add_model_arguments(parser)
-    arguments.add_data_arguments(parser)
+    arguments.add_data_arguments(parser, cached=False)  # what it trains makes the embeddings anew
     add = parser.add_argument_group("method").add_argument
     encoders = ("text_encoder", "text_encoder_2")
     add("--text_encoder", choices=encoders, default="text_encoder", help="which of SDXL's two is made smaller")

@@ -96,7 +96,8 @@ def add_model_arguments(parser):
     return group
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser, *, cached=True):
+    """cached: whether the script reads a cache of samples."""
     group = parser.add_argument_group("data (with no model and no data given: rendered shapes)")
     add = group.add_argument
     add("--data_dir", help="COCO, imagefolder, webdataset .tar, parquet, captions.json, or images with .txt captions")
@@ -108,6 +109,11 @@ def add_data_arguments(parser):
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--max_train_samples", type=positive_int, help="use only the first so many samples")
+    if cached:
+        add(
+            "--cache_dir",
+            help="read what prepare_cache.py wrote here, latents and prompt embeddings of which data too",
+        )
     add("--dataloader_num_workers", type=natural, default=0, help="processes that load images, per rank")
     return group
 
@@ -121,6 +127,33 @@ def add_few_step_arguments(add):
         nargs="+",
         help="how often each of its timesteps is drawn, noisiest first, such as 0.4 0.2 0.2 0.2: the first step has "
         "the most to learn (default: all alike)",
+    )
+
+
+def add_teacher_step_arguments(add):
+    """How a teacher rolls out; `add` is a group's add_argument."""
+    add(
+        "--teacher_steps",
+        choices=("even", "proportional"),
+        default="even",
+        help="K from every timestep; or K from the last one, and fewer from others, in proportion to the timestep",
+    )
+    add("--solver", choices=("ddim", "dpmsolver++"), default="ddim", help="of the teacher: first order, or second")
+
+
+def add_rollout_arguments(add, *, in_memory=None):
+    """What a method does not ask its teacher again; `add` is a group's add_argument.
+
+    in_memory: help of --cache_rollouts, of a method that can keep roll-outs in memory.
+    """
+    add("--rollout_cache", help="read the teacher's roll-outs that prepare_cache.py --rollouts wrote into this folder")
+    if in_memory:
+        add("--cache_rollouts", type=natural, help=in_memory)
+    add(
+        "--rollout_refresh",
+        type=fraction,
+        default=0.0,
+        help="of roll-outs that are kept: share of the steps that asks the teacher anew, for new samples",
     )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+MAX_PIXELS = 2**20  # that a VAE has at once: one image of 1024 x 1024, four of 512 x 512
+
 
 @dataclass
 class Conditioning:
@@ -49,14 +51,21 @@ def is_sdxl(pipeline):
 
 
 @torch.no_grad()
-def encode_prompts(pipeline, captions, resolution):
-    """Conditioning of a list of captions, by the pipeline's own encode_prompt, without guidance."""
-    device = pipeline.unet.device
+def encode_prompts(pipeline, captions, resolution, time_ids=None):
+    """Conditioning of a list of captions, by the pipeline's own encode_prompt, without guidance; of each one once.
+
+    time_ids: SDXL's (B, 6), of images with a size and crop of their own.
+    """
+    device, distinct = pipeline.unet.device, list(dict.fromkeys(captions))
     if not is_sdxl(pipeline):
-        embeds = pipeline.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)[0]
-        return Conditioning(embeds)
-    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device=device, do_classifier_free_guidance=False)
-    return Conditioning(embeds, pooled, _time_ids(pooled, len(captions), resolution))
+        found = Conditioning(pipeline.encode_prompt(distinct, device, 1, do_classifier_free_guidance=False)[0])
+    else:
+        embeds, _, pooled, _ = pipeline.encode_prompt(distinct, device=device, do_classifier_free_guidance=False)
+        found = Conditioning(embeds, pooled)
+    if len(distinct) < len(captions):
+        numbers = {caption: number for number, caption in enumerate(distinct)}
+        found = found.rows(torch.tensor([numbers[caption] for caption in captions]).to(device, non_blocking=True))
+    return _with_time_ids(found, resolution, time_ids)
 
 
 @torch.no_grad()
@@ -66,15 +75,46 @@ def encode_empty_prompt(pipeline, resolution):
     if not is_sdxl(pipeline):
         return Conditioning(pipeline.encode_prompt([""], device, 1, do_classifier_free_guidance=True)[1])
     _, embeds, _, pooled = pipeline.encode_prompt([""], device=device, do_classifier_free_guidance=True)
-    return Conditioning(embeds, pooled, _time_ids(pooled, 1, resolution))
+    return _with_time_ids(Conditioning(embeds, pooled), resolution)
 
 
-def _time_ids(pooled, batch_size, resolution):
-    """SDXL's micro-conditioning: original size, crop corner (0, 0), target size."""
-    ids = torch.tensor(
-        [resolution, resolution, 0, 0, resolution, resolution], device=pooled.device, dtype=pooled.dtype
-    )
-    return ids.expand(batch_size, 6)
+def _with_time_ids(conditioning, resolution, time_ids=None):
+    """With SDXL's micro-conditioning: original size, crop corner, target size; by default nothing was cut off."""
+    pooled = conditioning.pooled_prompt_embeds
+    if pooled is None:
+        return conditioning
+    if time_ids is None:
+        time_ids = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]).expand(len(pooled), 6)
+    time_ids = time_ids.to(pooled.device, non_blocking=True).to(pooled.dtype)
+    return Conditioning(conditioning.prompt_embeds, pooled, time_ids)
+
+
+def conditioning_of(pipeline, batch, resolution):
+    """Conditioning of a training batch: its captions encoded, or the embeddings that it has of them from a cache."""
+    if "prompt_embeds" not in batch:
+        return encode_prompts(pipeline, batch["captions"], resolution, batch.get("time_ids"))
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    device = pipeline.unet.device
+    found = (batch[name].to(device, non_blocking=True) if name in batch else None for name in names)
+    return _with_time_ids(Conditioning(*found), resolution, batch.get("time_ids"))
+
+
+def unconditional_of(pipeline, dataset, resolution):
+    """encode_empty_prompt, or what the dataset, where it is a cache, has of it."""
+    cached = getattr(dataset, "unconditional", None)
+    if cached is None:
+        return encode_empty_prompt(pipeline, resolution)
+    return _with_time_ids(cached.to(pipeline.unet.device), resolution)
+
+
+def latents_of(pipeline, batch):
+    """Scaled latents of a training batch, fp32: its images encoded, or those that it has of them from a cache.
+
+    Of roll-outs without images those where they end.
+    """
+    if "pixel_values" in batch:
+        return encode_images(pipeline.vae, batch["pixel_values"])
+    return batch["latents" if "latents" in batch else "target"].to(pipeline.unet.device, non_blocking=True)
 
 
 def predict(unet, z, timesteps, conditioning, timestep_cond=None):
@@ -117,8 +157,15 @@ def guidance_embedding(pipeline, guidance_scales, unet):
 
 @torch.no_grad()
 def encode_images(vae, pixel_values):
-    """Scaled latents (B, C, H / f, W / f), fp32, of pixels in [-1, 1]: the posterior's mean, so nothing is drawn."""
-    return encode_images_with_gradient(vae, pixel_values)
+    """Scaled latents (B, C, H / f, W / f), fp32, of pixels in [-1, 1]: the posterior's mean, so nothing is drawn.
+
+    In chunks, of large images one by one; on a CPU always: a sample's latents are then the same in any batch.
+    """
+    device = vae.device
+    chunk = 1 if device.type == "cpu" else max(1, MAX_PIXELS // pixel_values[0, 0].numel())
+    # Moved first, and cast there: half as much to do for the CPU, and pinned memory is copied in the background.
+    pixel_values = pixel_values.to(device, non_blocking=True)
+    return torch.cat([encode_images_with_gradient(vae, pixels) for pixels in pixel_values.split(chunk)])
 
 
 def encode_images_with_gradient(vae, pixel_values):
@@ -129,6 +176,9 @@ def encode_images_with_gradient(vae, pixel_values):
 
 
 def decode_latents(vae, latents):
-    """Pixels (B, 3, H, W) in about [-1, 1], fp32, of scaled latents."""
+    """Pixels (B, 3, H, W) in about [-1, 1], fp32, of scaled latents; large images one by one."""
     shift = vae.config.get("shift_factor") or 0.0
-    return vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0].float()
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    chunk = max(1, MAX_PIXELS // (latents[0, 0].numel() * factor**2))
+    latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+    return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in latents.split(chunk)])

@@ -7,6 +7,7 @@ Nothing about a sample depends on rank, worker or micro-batch: which one is read
 its flip, crop and choice of caption from (seed, optimizer step, index in the global batch).
 """
 
+import argparse
 import atexit
 import functools
 import io
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from common.cache import CachedDataset, RolloutDataset, refreshed
 from common.class_files import LabelledImages
 from common.data_formats import IMAGE_COLUMNS, find_image, load_named, read_data_dir, too_many
 from common.errors import DataError
@@ -45,12 +47,23 @@ def to_square(image, resolution, crop_x, crop_y, flip):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def square_time_ids(size, resolution, crop_x, crop_y):
+    """SDXL's micro-conditioning of `to_square`, float32 (6,): original height and width, the crop's top and left.
+
+    size: (width, height). The corner is in pixels of the resized image, as SDXL was trained; then the target size.
+    """
+    width, height = size
+    scale = resolution / min(size)
+    left, top = (round(fraction * (length - min(size))) * scale for fraction, length in zip((crop_x, crop_y), size))
+    return torch.tensor([height, width, round(top), round(left), resolution, resolution], dtype=torch.float32)
+
+
 class CaptionedImages(torch.utils.data.Dataset):
     """Base of the datasets with `size` samples; a subclass has `name`, `image_file` and `captions` of an index.
 
-    dataset[index, step, position] -> {"pixel_values": float32 (3, R, R) in [-1, 1] (where images are needed),
-    "caption": str, "position": int, "step": int}. An image that can't be decoded is logged once, counted in
-    `unreadable` and replaced by the next index; too many of them raise DataError.
+    dataset[index, step, position] -> {"pixel_values": float32 (3, R, R) in [-1, 1] and "time_ids": SDXL's, float32
+    (6,) (where images are needed), "caption": str, "index", "position", "step": int}. An image that can't be decoded
+    is logged once, counted in `unreadable` and replaced by the next index; too many of them raise DataError.
     """
 
     def __init__(self, args, size, needs_images, source):
@@ -74,7 +87,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             index, image = self.first_readable(index)
             crop = (0.5, 0.5) if self.center_crop else draws[:2]
             sample["pixel_values"] = to_square(image, self.resolution, *crop, self.random_flip and draws[2] < 0.5)
-        captions = self.captions(index)
+            sample["time_ids"] = square_time_ids(image.size, self.resolution, *crop)
+        sample["index"], captions = index, self.captions(index)
         sample["caption"] = captions[int(draws[3] * len(captions))]
         return sample
 
@@ -239,8 +253,11 @@ class ShapesDataset(torch.utils.data.Dataset):
                 size = (self.resolution, self.resolution)
                 pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].clamp(-1, 1)
             sample["pixel_values"] = pixels
-        sample["caption"] = caption_of(scene)
+        sample["index"], sample["caption"] = index, caption_of(scene)
         return sample
+
+    def captions(self, index):
+        return [caption_of(training_scene(self.seed, index)[0])]
 
 
 def _caption_template(args):
@@ -264,6 +281,14 @@ def load_dataset_from_args(args, needs_images=True):
 
     Raises DataError where the flags contradict each other or the data is missing, of no known format, or unusable.
     """
+    if getattr(args, "rollout_cache", None):
+        # The images themselves are read where a method wants them too, or asks the teacher anew.
+        data = None
+        if needs_images or args.rollout_refresh:
+            data = load_dataset_from_args(argparse.Namespace(**{**vars(args), "rollout_cache": None}))
+        return RolloutDataset(args, data, needs_images)
+    if getattr(args, "cache_dir", None):
+        return CachedDataset(args, needs_images)
     if args.data_dir is None and args.dataset_name is None:
         raise DataError("Give --data_dir or --dataset_name (--dataset_name shapes asks for rendered shapes).")
     if args.data_dir is not None and args.dataset_name is not None:
@@ -290,7 +315,8 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
 
     The global batch of batch_size * num_processes * accumulation_steps samples is laid out by position; a sample's
     count is step * batch + position, which falls into an epoch and a place in that epoch's permutation. With
-    cycle_steps M, step s is step s mod M again: the same samples with the same randomness.
+    cycle_steps M, step s is step s mod M again: the same samples with the same randomness; or, from a round on in
+    which --rollout_refresh draws it, other ones. Without read_again such a step is read once, then its index is None.
     """
 
     def __init__(
@@ -304,42 +330,66 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         max_steps,
         seed,
         cycle_steps=None,
+        refresh=0.0,
+        read_again=True,
     ):
         self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.start_step, self.max_steps, self.seed = start_step, max_steps, seed
-        self.cycle_steps = cycle_steps or max(max_steps, 1)
+        self.cycle_steps, self.refresh, self.read_again = cycle_steps or max(max_steps, 1), refresh, read_again
 
     def __len__(self):
         return max(self.max_steps - self.start_step, 0) * self.accumulation_steps
 
     def __iter__(self):
-        global_batch = self.batch_size * self.num_processes * self.accumulation_steps
-
-        @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-        def permutation(epoch):
-            return torch.randperm(self.size, generator=sample_generator(self.seed, epoch, 0, stream="order"))
-
-        def index_of(count):
-            return count if self.size is None else int(permutation(count // self.size)[count % self.size])
-
-        for step in (step % self.cycle_steps for step in range(self.start_step, self.max_steps)):
+        global_batch, index_of = self.batch_size * self.num_processes * self.accumulation_steps, order_of(self)
+        seen = set()
+        for step in map(self._drawn, range(self.start_step, self.max_steps)):
+            reads = self.read_again or step not in seen
+            seen.add(step)
             for micro_batch in range(self.accumulation_steps):
                 first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
                 positions = range(first, first + self.batch_size)
-                yield [(index_of(step * global_batch + position), step, position) for position in positions]
+                indices = [index_of(step * global_batch + position) if reads else None for position in positions]
+                yield [(index, step, position) for index, position in zip(indices, positions)]
+
+    def _drawn(self, step):
+        """The step whose samples and randomness step `step` has."""
+        cycle, place = divmod(step, self.cycle_steps)
+        while self.refresh and cycle and not refreshed(self.seed, cycle * self.cycle_steps + place, self.refresh):
+            cycle -= 1
+        return cycle * self.cycle_steps * bool(self.refresh) + place
+
+
+def order_of(data):
+    """index_of(count): which of `data.size` samples (None: endless) the so many-th is, in an order of `data.seed`."""
+
+    @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+    def permutation(epoch):
+        return torch.randperm(data.size, generator=sample_generator(data.seed, epoch, 0, stream="order"))
+
+    return lambda count: count if data.size is None else int(permutation(count // data.size)[count % data.size])
 
 
 def collate(samples):
-    """Samples of one micro-batch -> {"pixel_values": (b, 3, R, R) if present, "captions", "positions", "step"}."""
-    batch = {
-        "captions": [sample["caption"] for sample in samples],
-        "positions": [sample["position"] for sample in samples],
-        "step": samples[0]["step"],
-    }
-    if "pixel_values" in samples[0]:
-        batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
-    return batch
+    """Samples of one micro-batch -> {"captions", "positions", "step" and its tensors, "pixel_values" say, stacked}."""
+    batch = {"positions": [sample["position"] for sample in samples], "step": samples[0]["step"]}
+    for plural, name in (("captions", "caption"), ("indices", "index")):
+        if name in samples[0]:
+            batch[plural] = [sample[name] for sample in samples]
+    tensors = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
+    return {**batch, **{name: torch.stack([sample[name] for sample in samples]) for name in tensors}}
+
+
+class Unread(torch.utils.data.Dataset):
+    """A dataset whose samples without an index are their place alone: they are read no more."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        index, step, position = key
+        return {"step": step, "position": position} if index is None else self.dataset[key]
 
 
 def ignore_signals(worker):
@@ -355,18 +405,20 @@ def end_workers():
         worker.kill()
 
 
-def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None, updates=1):
+def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None, updates=1, read_again=True):
     """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch.
 
-    updates: batches of one step, each of which counts as a step of the data.
+    updates: batches of one step, each of which counts as a step of the data. cycle_steps, read_again: of
+    GlobalBatchSampler, for a method that keeps what it made of so many steps.
     """
     if args.dataloader_num_workers:
         atexit.register(end_workers)
     steps, cycle_steps = (start_step * updates, args.max_train_steps * updates), (cycle_steps or 0) * updates
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
-    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, cycle_steps)
+    again = cycle_steps, getattr(args, "rollout_refresh", 0.0) if cycle_steps else 0.0, read_again
+    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, *again)
     return torch.utils.data.DataLoader(
-        dataset,
+        dataset if read_again else Unread(dataset),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,

@@ -88,6 +88,25 @@ class NoiseSchedule:
         epsilon = self.to_epsilon(output, z, timesteps)
         return self.alpha(next_timesteps) * x0 + self.sigma(next_timesteps) * epsilon
 
+    def multistep(self, x0, last, z, timesteps, next_timesteps):
+        """DPM-Solver++(2M): z at next_timesteps by x0 here and `last`, (x0, timesteps) of the evaluation before.
+
+        With h the step in lambda = log(alpha / sigma), D = x0 + h / (2 h_before) (x0 - x0_before), and the step is
+        DDIM's with D as its x0. Of first order, which is DDIM, where there was none before (None, or timestep -1) and
+        to the clean end, where h is infinite.
+        """
+        alpha, sigma = self.alpha(timesteps), self.sigma(timesteps)
+        if last is not None:
+            usable = ((next_timesteps >= 0) & (last[1] >= 0)).view(-1, 1, 1, 1)
+            here, there, earlier = (
+                (self.alpha(t).clamp(min=1e-6) / self.sigma(t).clamp(min=1e-6)).log()
+                for t in (timesteps, next_timesteps, last[1])
+            )
+            factor = (there - here) / (2 * (here - earlier))
+            x0 = torch.where(usable, x0 + factor * (x0 - last[0]), x0)
+        epsilon = (z - alpha * x0) / sigma
+        return self.alpha(next_timesteps) * x0 + self.sigma(next_timesteps) * epsilon
+
     def x0_of_step(self, z_next, z, timesteps, next_timesteps):
         """The x0 with which one DDIM step takes z to z_next (Salimans & Ho 2022, appendix G)."""
         ratio = self.sigma(next_timesteps) / self.sigma(timesteps)
@@ -114,14 +133,20 @@ def pointwise_distance(error, loss):
     return error**2 if loss == "l2" else torch.sqrt(error**2 + 1e-3**2) - 1e-3
 
 
-def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps):
+def teacher_timesteps(timesteps, end_timesteps, num_ddim_steps, proportional_to=None):
     """K + 1 timesteps per sample, evenly from t to its end (-1 is the clean end): long (K + 1, B).
 
-    tau_j = round((t + 1) + (end - t) j / K) - 1, which is round((t + 1)(1 - j / K)) - 1 for end = -1.
+    tau_j = round((t + 1) + (end - t) j / K) - 1, which is round((t + 1)(1 - j / K)) - 1 for end = -1. proportional_to:
+    the number of training timesteps, T: K steps from the last of them, ceil(K (t + 1) / T) from t, which come last: a
+    sample that has fewer stays at t before.
     """
     # On the CPU: in float64, which Apple's GPUs don't have.
-    fractions = torch.arange(num_ddim_steps + 1, dtype=torch.float64)[:, None] / num_ddim_steps
     start, end = timesteps[None].cpu().double(), end_timesteps[None].cpu().double()
+    counts = torch.full_like(start, num_ddim_steps)
+    if proportional_to:
+        counts = (num_ddim_steps * (start + 1) / proportional_to).ceil().clamp(min=1)
+    passed = torch.arange(num_ddim_steps + 1, dtype=torch.float64)[:, None] - (num_ddim_steps - counts)
+    fractions = passed.clamp(min=0) / counts
     return (((start + 1) + (end - start) * fractions).round().long() - 1).to(timesteps.device)
 
 
@@ -136,19 +161,47 @@ def phase_grid(edges, num_ddim_steps):
     return grid[:-1].T.flatten(), grid[1:].T.flatten(), edges[1:].repeat_interleave(count)
 
 
-def ddim_rollout(predict, schedule, z, timesteps, end_timesteps, num_ddim_steps):
-    """K DDIM steps of `predict(z, t) -> model output`, batched over samples that start at different timesteps.
+def ddim_rollout(
+    predict, schedule, z, timesteps, end_timesteps, num_ddim_steps, proportional=False, solver="ddim", states=None
+):
+    """K DDIM steps of `predict(z, t, rows) -> model output`, batched over samples that start at different timesteps.
 
-    z (B, C, H, W); timesteps and end_timesteps long (B,), end < t. Returns z at end_timesteps. Where a sample's own
-    interval is shorter than K timesteps, repeated grid points leave it where it is.
+    z (B, C, H, W); timesteps and end_timesteps long (B,), end < t: on the CPU, or every call waits for the device.
+    predict gets the samples that move: all, rows None, or the rows (b,). Samples stay where the interval is shorter
+    than K timesteps and, by `proportional`, in the first of fewer steps: see teacher_timesteps. Returns z at
+    end_timesteps, in fp32. solver: "ddim", or "dpmsolver++", its second-order multistep twin (arXiv:2211.01095,
+    algorithm 2). states: a list that gets the K - 1 latents between.
     """
-    grid = teacher_timesteps(timesteps, end_timesteps, num_ddim_steps)
-    for now, after in zip(grid[:-1], grid[1:]):
-        # A sample that is already at its end (now = -1) is evaluated at 0 and then left as it was.
-        at = now.clamp(min=0)
-        moved = schedule.ddim_step(predict(z, at), z, at, after)
-        z = torch.where((after < now).view(-1, 1, 1, 1), moved, z)
+    timesteps, end_timesteps = timesteps.cpu(), end_timesteps.cpu()
+    counted = schedule.num_train_timesteps if proportional else None
+    grid = teacher_timesteps(timesteps, end_timesteps, num_ddim_steps, counted)
+    on_device, z, before = grid.to(z.device, non_blocking=True), z.float(), None
+    for step in range(num_ddim_steps):
+        moving = grid[step + 1] < grid[step]
+        if moving.any():
+            rows = None if moving.all() else moving.nonzero().flatten().to(z.device, non_blocking=True)
+            now, after, part = (x if rows is None else x[rows] for x in (on_device[step], on_device[step + 1], z))
+            output = predict(part, now, rows)
+            if solver == "ddim":
+                moved = schedule.ddim_step(output, part, now, after)
+            else:
+                x0 = schedule.to_x0(output, part, now)
+                last = None if before is None else tuple(x if rows is None else x[rows] for x in before)
+                moved = schedule.multistep(x0, last, part, now, after)
+                before = _placed(x0, now, z, rows, before)
+            z = moved if rows is None else z.index_copy(0, rows, moved)
+        if states is not None and step + 1 < num_ddim_steps:
+            states.append(z)
     return z
+
+
+def _placed(x0, now, z, rows, before):
+    """(x0, timesteps), (B, ...), of every sample's last evaluation; timestep -1 where there was none yet."""
+    if rows is None:
+        return x0, now
+    if before is None:
+        before = torch.zeros_like(z), torch.full((len(z),), -1, device=z.device)
+    return before[0].index_copy(0, rows, x0), before[1].index_copy(0, rows, now)
 
 
 def boundary_scalings(timesteps):

@@ -65,6 +65,7 @@ PLACES = {
     "feature_model_name_or_path",
     "calibration_prompts",
     "vae_path",
+    "rollout_cache",
     *JUDGES,
 }
 # Of these, bytes too: MNIST's files, which have no ending, are as large as Fashion-MNIST's.
@@ -88,7 +89,12 @@ def _place(name, value):
         return value
     # tiny-sd is the same wherever the checkout lies.
     path = "assets/tiny-sd" if value == str(TINY_SD) else os.path.abspath(value)
-    return {"path": path, "content": fingerprint(value)}
+    return {"path": path, "content": content_of(value)}
+
+
+def content_of(place):
+    """The fingerprint of what lies at a place, or the place itself where nothing does: a name on the hub, say."""
+    return fingerprint(place) if place != "shapes" and os.path.exists(place) else place
 
 
 def fingerprint(path):

@@ -5,6 +5,7 @@ ids), from a folder or a hub id; safetensors only. Those of FLUX, SD3 and PixArt
 for the scripts that only compress.
 """
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -175,10 +176,10 @@ def load_whole(kind, path, where, subfolder="", **options):
     return module.eval()
 
 
-def load_parts(path, where, **options):
-    """{name: model} of all models of a pipeline's folder, each of which is whole."""
+def load_parts(path, where, without=(), **options):
+    """{name: model} of all models of a pipeline's folder but those `without`, each of which is whole."""
     index, parts = DiffusionPipeline.load_config(path), {}
-    for name in parts_of(index):
+    for name in [name for name in parts_of(index) if name not in without]:
         entry, kind = index[name], component_class(path, name)
         if kind is None and entry[0] in ("diffusers", "transformers"):
             kind = getattr(importlib.import_module(entry[0]), entry[1], None)
@@ -190,8 +191,23 @@ def load_parts(path, where, **options):
     return parts
 
 
-def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path"):
-    """A frozen pipeline in eval mode, from a folder or a hub id; safetensors only.
+def compute_dtype(mixed_precision):
+    """The dtype of what is frozen, by accelerate's name of a mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+def local_folder(args):
+    """The folder that the files of --pretrained_model_name_or_path lie in; those of a hub id are downloaded."""
+    path = args.pretrained_model_name_or_path
+    if Path(path).is_dir():
+        return path
+    return DiffusionPipeline.download(path, revision=args.revision, variant=args.variant, use_safetensors=True)
+
+
+def load_pipeline(
+    path, dtype=torch.float32, revision=None, variant=None, flag="--pretrained_model_name_or_path", without=()
+):
+    """A frozen pipeline in eval mode, from a folder or a hub id; safetensors only. without: parts that are left out.
 
     A quantized one comes in the dtype that the rest of it was saved in, whatever `dtype` says. Raises ModelError (one
     sentence naming `flag`) where there is no such pipeline.
@@ -209,13 +225,16 @@ def load_pipeline(path, dtype=torch.float32, revision=None, variant=None, flag="
         folder = path
         if not Path(path).is_dir():
             folder = pipeline_class.download(path, revision=revision, variant=variant, use_safetensors=True)
-        parts = load_parts(folder, where, variant=variant, **options)
+        parts = load_parts(folder, where, without, variant=variant, **options)
         parts.update({name: None for name in UNUSED if not (Path(folder) / name).is_dir()})
+        parts.update(dict.fromkeys(without))
         if pipeline_class is StableDiffusionPipeline:
             parts.update(safety_checker=None, requires_safety_checker=False)
         known = inspect.signature(pipeline_class).parameters
         parts = {name: part for name, part in parts.items() if name in known}
         pipeline = pipeline_class.from_pretrained(folder, **parts, **options)
+        if pipeline.vae is None:  # diffusers takes 8 then
+            pipeline.vae_scale_factor = read_pipeline_config(path, revision, flag)[2]
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -283,16 +302,62 @@ def contract_of(path, revision=None, flag="--pretrained_model_name_or_path"):
     return contract
 
 
-def load_frozen(args, run):
-    """The pipeline of --pretrained_model_name_or_path, frozen, in the run's compute dtype, on its device."""
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, run.dtype, args.revision, args.variant)
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+
+
+def load_frozen(args, run, needs=()):
+    """The pipeline of --pretrained_model_name_or_path, frozen, in the run's compute dtype, on its device.
+
+    Without the encoders that a cache stands for, unless the method `needs` them: see `put_away`.
+    """
+    idle = idle_encoders(args, needs)
+    without = () if draws_samples(args) else idle
+    source = args.pretrained_model_name_or_path, run.dtype, args.revision, args.variant
+    pipeline = load_pipeline(*source, without=without)
     keep_vae_right(pipeline)
-    return pipeline.to(run.device)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name not in idle:
+            part.to(run.device)
+    return pipeline
+
+
+def idle_encoders(args, needs=()):
+    """Names of the encoders that a run has no use for between samples: a cache holds what they would say."""
+    cached = getattr(args, "cache_dir", None) or (getattr(args, "rollout_cache", None) and not args.rollout_refresh)
+    return [name for name in ENCODERS if cached and name not in needs]
+
+
+def draws_samples(args):
+    """Whether a run draws samples while it trains, and so needs its encoders then."""
+    return bool(getattr(args, "validation_prompts", None) or getattr(args, "eval_steps", None))
+
+
+def put_away(pipeline, args):
+    """Take the idle encoders from the device: into the CPU's memory where samples are drawn, else out of it."""
+    for name in [name for name in idle_encoders(args) if getattr(pipeline, name, None) is not None]:
+        if draws_samples(args):
+            getattr(pipeline, name).to("cpu")
+        else:
+            pipeline.register_modules(**{name: None})
+
+
+@contextlib.contextmanager
+def gathered(pipeline):
+    """Within the context all of a pipeline's models are on its UNet's device, then each where it was."""
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    devices = [model.device for model in models]
+    try:
+        for model in models:
+            model.to(pipeline.unet.device)
+        yield
+    finally:
+        for model, device in zip(models, devices):
+            model.to(device)
 
 
 def keep_vae_right(pipeline):
     """SDXL's VAE overflows in half precision: in fp16 it stays in fp32."""
-    if is_sdxl(pipeline) and pipeline.vae.dtype == torch.float16:
+    if is_sdxl(pipeline) and pipeline.vae is not None and pipeline.vae.dtype == torch.float16:
         pipeline.vae.to(dtype=torch.float32)
 
 

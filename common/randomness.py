@@ -18,6 +18,7 @@ STREAMS = {  # independent uses of one sample; a number, once used, is never giv
     "calibration": 7,  # of pruning: what a pipeline is sampled from to be calibrated, and directions of Taylor terms
     "report": 8,  # the noise that a report's images start from
     "particles": 9,  # what images and volumes start as that scores are distilled into
+    "refresh": 10,  # which steps' roll-outs are made anew
 }
 
 

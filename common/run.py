@@ -32,6 +32,7 @@ from common.errors import CheckpointError, UsageError, UserError, first_line
 from common.hooks import register_checkpoint_hooks
 from common.hub import upload
 from common.identity import identity_of
+from common.pipelines import compute_dtype
 from common.randomness import seed_all
 from common.timing import Phases, Profile, peak_memory
 
@@ -49,16 +50,14 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     """
     folder = Path(args.output_dir) / (args.run_name or "") / (subfolder or "")
     timeout = timedelta(seconds=args.ddp_timeout)
-    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
     # What is trained has no buffers that change, and its gradients need not lie in memory twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=no_gpu,
+    accelerator = open_accelerator(
+        args,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=folder,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout), ddp],
+        kwargs_handlers=[ddp],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UsageError(
@@ -97,6 +96,14 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     state = saved.get("state", {})
     phases = Phases(accelerator.device)
     return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state, phases)
+
+
+def open_accelerator(args, kwargs_handlers=(), **options):
+    """accelerate's, its processes joined: by --mixed_precision, and --ddp_timeout for each other."""
+    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))
+    handlers = [timeout, *kwargs_handlers]
+    return Accelerator(cpu=no_gpu, mixed_precision=args.mixed_precision, kwargs_handlers=handlers, **options)
 
 
 def on_main_process(accelerator, decide):
@@ -203,7 +210,7 @@ class Run:
     @property
     def dtype(self):
         """The compute dtype, of what is frozen."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        return compute_dtype(self.accelerator.mixed_precision)
 
     def register(self, trained, averages):
         """Say what checkpoints hold, load the one that the run resumes from, start trackers and bar.

@@ -7,12 +7,13 @@ import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 
+from common.cache import check_same, made_by, made_of, read_index, take_flags
 from common.contract import TINY_SD, comes_from_tiny_sd
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.hub import check_hub
 from common.lora import settle_lora
 from common.model_files import check_weights
-from common.pipelines import read_pipeline_config, resolution_of
+from common.pipelines import compute_dtype, local_folder, read_pipeline_config, resolution_of
 from common.single_file import pipeline_folder
 
 
@@ -35,6 +36,7 @@ def settle(args, transformers=False, needs_data=True):
         file = getattr(args, name, None)
         if file not in (None, "download") and not Path(file).is_file():
             raise UsageError(f"--{name} {file}: there is no such file ('download' fetches the weights).")
+    take_data_of_caches(args)
     args.pretrained_model_name_or_path = pipeline_folder(args.pretrained_model_name_or_path)
     use_embedded_default(args, needs_data)
     path = Path(args.pretrained_model_name_or_path)
@@ -46,14 +48,52 @@ def settle(args, transformers=False, needs_data=True):
     args.resolution = resolution_of(args, native_resolution, f"--pretrained_model_name_or_path {teacher}")
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
-    check_hub(args)  # the last: it makes a repository
+    check_samples(args)
+    if hasattr(args, "push_to_hub"):
+        check_hub(args)  # the last: it makes a repository
+
+
+def take_data_of_caches(args):
+    """What data there are, and how they are cut, from a cache where the run's flags leave it open."""
+    for flag, kind in (("cache_dir", "samples"), ("rollout_cache", "rollouts")):
+        if folder := getattr(args, flag, None):
+            take_flags(args, read_index(folder, f"--{flag}", kind), f"--{flag} {folder}")
+
+
+def check_samples(args):
+    """DataError unless --cache_dir, where one is given, holds what this run would encode itself."""
+    if not getattr(args, "cache_dir", None):
+        return
+    index = read_index(args.cache_dir, "--cache_dir", "samples")
+    check_same("--cache_dir", args.cache_dir, index, made_of(args, local_folder(args), compute_dtype_of(args)))
+    if args.random_flip and not index["flipped"]:
+        raise DataError(f"--cache_dir {args.cache_dir} has no mirrored images: make it with --random_flip.")
+
+
+def check_rollouts(args, teacher, **method):
+    """DataError unless --rollout_cache, where one is given, holds what this run's teacher would do.
+
+    teacher: of contract.read_teacher; method: {name: value} of how the method rolls out, where that is not in args.
+    """
+    if args.rollout_refresh and not (args.rollout_cache or getattr(args, "cache_rollouts", None)):
+        raise UsageError("--rollout_refresh is about roll-outs that are kept: add --rollout_cache.")
+    if not args.rollout_cache:
+        return
+    index = read_index(args.rollout_cache, "--rollout_cache", "rollouts")
+    wanted = made_by(args, local_folder(args), compute_dtype_of(args), teacher, **method)
+    check_same("--rollout_cache", args.rollout_cache, index, wanted)
+
+
+def compute_dtype_of(args):
+    """The dtype that frozen networks compute in, by --mixed_precision here or at accelerate launch."""
+    return compute_dtype(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"))
 
 
 def check_hardware(args):
     """UsageError where a flag needs a CUDA GPU and there is none."""
     # What `accelerate launch` was told reaches a script through the environment.
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    if args.use_8bit_adam and not cuda:
+    if getattr(args, "use_8bit_adam", False) and not cuda:
         raise UsageError("--use_8bit_adam needs a CUDA GPU: leave it out.")
     mixed_precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision == "fp16" and not cuda:
@@ -62,6 +102,8 @@ def check_hardware(args):
 
 def check_tracker(args):
     """UsageError where --report_to names a tracker that isn't installed: accelerate would find out much later."""
+    if not hasattr(args, "report_to"):
+        return
     available = [str(tracker.value) for tracker in get_available_trackers()]
     if args.report_to not in ("none", "all", *available):
         raise UsageError(

@@ -43,7 +43,7 @@ TINT = (1.0, 0.75, 0.45)  # what sepia multiplies gray by
 def parse_args(argv=None):
     parser = arguments.make_parser(__doc__)
     arguments.add_model_arguments(parser)
-    arguments.add_data_arguments(parser)
+    arguments.add_data_arguments(parser, cached=False)
     add = parser.add_argument_group("method").add_argument
     add(
         "--recolor",

@@ -17,6 +17,7 @@ from common.identity import judges_of
 from common.judging import metrics
 from common.judging.image_sets import real_dataset, real_shapes, sharded
 from common.judging.results import load_judges
+from common.pipelines import gathered
 from common.randomness import sample_generator
 
 BATCH = 16  # images per forward
@@ -46,6 +47,8 @@ class Evaluation:
                 "max_train_samples": self.count,
                 "center_crop": True,
                 "random_flip": False,
+                "cache_dir": None,
+                "rollout_cache": None,
             }
             try:
                 dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **held_out}))
@@ -95,7 +98,7 @@ class Evaluation:
 
         own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), gathered(pipeline):
                 pixels = sharded(accelerator, self.count, BATCH, generate, "evaluation")["pixels"]
         finally:
             pipeline.scheduler = own_scheduler

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.conditioning import decode_latents
 from common.contract import STEPS
+from common.pipelines import gathered
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def sample_images(pipeline, prompts, scheduler, num_inference_steps, guidance_sc
     """
     own_scheduler, pipeline.scheduler = pipeline.scheduler, scheduler
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), gathered(pipeline):
             rows = []
             for prompt in prompts:
                 generators = [torch.Generator().manual_seed(seed * 1000 + j) for j in range(num_images)]
