@@ -45,12 +45,13 @@ from common.data import GlobalBatchSampler
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError
+from common.frozen import load_frozen
 from common.judging import results
 from common.judging.previews import image_diversity, image_grid
 from common.lora import add_lora, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.particles import angles_of, look, make_student, pictures, save_volumes, show
-from common.pipelines import latent_shape, load_frozen, set_up
+from common.pipelines import latent_shape, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.sampling import asked_prompts, check_held_out, default_batch_size, slug

@@ -47,7 +47,7 @@ from common.conditioning import encode_empty_prompt, encode_images, encode_promp
 from common.contract import read_teacher
 from common.data import collate, load_dataset_from_args, order_of
 from common.diffusion import NoiseSchedule, ddim_rollout
-from common.errors import DataError, UsageError, first_line
+from common.errors import DataError, UsageError
 from common.pipelines import keep_vae_right, load_pipeline, local_folder
 from common.randomness import sample_generator
 from common.run import STOPPED, on_main_process, open_accelerator, run_script
@@ -206,7 +206,7 @@ def open_folder(args, index):
             check_same("--cache_dir", folder, known, {**index["made_of"], **{n: index[n] for n in ("kind", "count")}})
         except (DataError, ValueError, KeyError, TypeError) as error:
             if not args.overwrite_cache:
-                said = first_line(error).removesuffix(": make another one for this run.")
+                said = str(error).partition(": make another")[0]
                 raise DataError(f"{said}: give another --cache_dir, or --overwrite_cache to discard it.") from None
             for path in [folder / UNCONDITIONAL, *folder.glob("shard-*.safetensors")]:
                 path.unlink(missing_ok=True)

@@ -36,30 +36,37 @@ import torch
 
 from common import arguments, shapes
 from common.compression import channels, lora_check, planning, quantization, students
+from common.compression.captions import SPLIT, calibration_captions, judged_captions
 from common.compression.distillation import kd_loss, make_student
 from common.compression.lora_check import check_loras, lora_files, rows_of
 from common.compression.manifest import MANIFEST, read_manifest
 from common.compression.pruning import calibrate, few_of, prune_round, replay
 from common.compression.report import layers_kept, write_report
-from common.conditioning import conditioning_of, encode_empty_prompt, guidance_embedding, latents_of, predict
+from common.conditioning import (
+    conditioning_of,
+    encode_empty_prompt,
+    encode_prompts,
+    guidance_embedding,
+    latents_of,
+    predict,
+    unconditional_of,
+)
 from common.contract import make_contract, read_distillation, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
 from common.errors import UsageError
+from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.judging.results import print_table
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import default_guidance, latent_shape, load_frozen, load_pipeline, set_up
+from common.pipelines import default_guidance, latent_shape, load_pipeline, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
-from common.sampling import read_prompts_file
 from common.settle import settle
 
-SPLIT = "choose"  # of the held-out shapes: by its report people choose the next ratio; evaluate.py judges that
-PROMPTS = Path(__file__).parent / "prompts" / "coco20.txt"
 LORA_PROMPTS = 8  # that a LoRA of --lora_dir is tried on
 
 
@@ -194,28 +201,6 @@ def stock_contract(args):
     return {**ordinary, "guidance_scale": default_guidance(path, args.revision)}
 
 
-def calibration_captions(args, dataset):
-    """The captions that the pipeline is sampled on to calibrate, a list."""
-    if args.calibration_prompts or dataset is None:
-        prompts = read_prompts_file(args.calibration_prompts or PROMPTS, "--calibration_prompts")
-        return prompts[: args.num_calibration_prompts]
-    count = min(args.num_calibration_prompts, dataset.size or args.num_calibration_prompts)
-    return [dataset[index, 0, index]["caption"] for index in range(count)]
-
-
-def judged_captions(args, dataset):
-    """The captions that the report judges by, none of which calibrated anything where there are others: a list."""
-    if args.dataset_name == "shapes":
-        return shapes.held_out_captions(args.num_eval_images, SPLIT)
-    if dataset is None:
-        captions = read_prompts_file(PROMPTS)
-    else:
-        first = args.num_calibration_prompts
-        last = first + args.num_eval_images if dataset.size is None else dataset.size
-        captions = [dataset[i, 0, i]["caption"] for i in range(last)[first : first + args.num_eval_images]]
-    return captions[: args.num_eval_images]
-
-
 def draw(args, step, positions, shape, timesteps):
     """Per-sample randomness by global position: noise (B, *shape) and one of the timesteps each, (B,)."""
     noise, drawn = [], []
@@ -304,7 +289,7 @@ def main(args):
     if args.finetune_steps:
         teacher = load_frozen(args, run)
         schedule = NoiseSchedule(pipeline.scheduler, run.device)
-        teacher_unconditional = encode_empty_prompt(teacher, args.resolution)
+        teacher_unconditional = unconditional_of(teacher, dataset, args.resolution)
         loader = iter(build_dataloader(dataset, args, accelerator, run.step))
         timesteps_known = from_contract["timesteps"] or range(schedule.num_train_timesteps)
         shape = latent_shape(pipeline, args.resolution)
@@ -342,10 +327,10 @@ def main(args):
             learning_rate = set_learning_rate(optimizer, learning_rate_at(inside, args, args.finetune_steps))
             for batch in run.batches(loader):
                 with accelerator.accumulate(student):
-                    conditioning = conditioning_of(pipeline, batch, args.resolution)
-                    teacher_conditioning = conditioning.to(run.dtype)
+                    conditioning = teacher_conditioning = conditioning_of(teacher, batch, args.resolution)
                     if not one_text:
-                        teacher_conditioning = conditioning_of(teacher, batch, args.resolution)
+                        own = batch["captions"], args.resolution, batch.get("time_ids")
+                        conditioning = encode_prompts(pipeline, *own)
                     latents = latents_of(teacher, batch)
                     drawn = draw(args, batch["step"], batch["positions"], shape, timesteps_known)
                     noise, timesteps = (x.to(run.device) for x in drawn)

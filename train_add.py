@@ -36,11 +36,12 @@ from common.diffusion import NoiseSchedule, ddim_rollout
 from common.discriminators import Dinov2Features, judge, make_heads, make_sight, scores_for_student, see
 from common.ema import EMA
 from common.errors import UsageError
+from common.frozen import load_frozen
 from common.judging.previews import image_diversity, log_images, sample_images
 from common.lora import student_unet, trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import check_compatible, check_same_inputs, load_frozen, load_pipeline, set_up
+from common.pipelines import check_compatible, check_same_inputs, load_pipeline, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import shorter_schedules, student_scheduler, student_timesteps

@@ -38,11 +38,12 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, consistency_function, phase_grid, pointwise_distance
 from common.ema import EMA, follow
 from common.errors import UsageError
+from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import load_frozen, set_up
+from common.pipelines import set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps

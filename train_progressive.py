@@ -43,11 +43,12 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
 from common.errors import CheckpointError, UsageError
+from common.frozen import ENCODERS, load_frozen
 from common.judging.previews import preview
 from common.lora import add_lora, student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import ENCODERS, latent_shape, load_frozen, load_unet, set_up
+from common.pipelines import latent_shape, load_unet, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps

@@ -33,21 +33,18 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
 from common.errors import UsageError
+from common.frozen import ENCODERS, idle_encoders, load_frozen, put_away
 from common.judging.evaluation import Evaluation, better, check_evaluation
 from common.judging.previews import preview
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import (
-    ENCODERS,
     check_compatible,
-    idle_encoders,
     keep_vae_right,
     latent_shape,
-    load_frozen,
     load_pipeline,
     load_unet,
-    put_away,
     same_weights,
     set_up,
 )

@@ -32,11 +32,12 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError, first_line
+from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import latent_shape, load_frozen, load_unet, load_whole, set_up
+from common.pipelines import latent_shape, load_unet, load_whole, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler

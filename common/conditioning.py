@@ -60,8 +60,10 @@ def encode_prompts(pipeline, captions, resolution, time_ids=None):
     if not is_sdxl(pipeline):
         found = Conditioning(pipeline.encode_prompt(distinct, device, 1, do_classifier_free_guidance=False)[0])
     else:
-        embeds, _, pooled, _ = pipeline.encode_prompt(distinct, device=device, do_classifier_free_guidance=False)
-        found = Conditioning(embeds, pooled)
+        # One by one on a CPU, whose products of few rows, the pooled ones, depend on how many there are.
+        parts = [[caption] for caption in distinct] if device.type == "cpu" else [distinct]
+        found = [pipeline.encode_prompt(part, device=device, do_classifier_free_guidance=False) for part in parts]
+        found = Conditioning(*(torch.cat([encoded[place] for encoded in found]) for place in (0, 2)))
     if len(distinct) < len(captions):
         numbers = {caption: number for number, caption in enumerate(distinct)}
         found = found.rows(torch.tensor([numbers[caption] for caption in captions]).to(device, non_blocking=True))

@@ -27,11 +27,12 @@ from common.data import build_dataloader, load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError
+from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.lora import student_unet, trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import load_frozen, set_up
+from common.pipelines import set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler

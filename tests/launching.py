@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from common.run import run_script
 
 QUICK = ["--train_batch_size", 4, "--report_to", "none", "--logging_steps", 1, "--resolution", 32]
+QUICK += ["--checkpoints_total_limit", 99]
 # Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
 QUICK += ["--adam_epsilon", 1e-4]
 SHAPES = ["--dataset_name", "shapes"]

@@ -26,6 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -127,6 +128,22 @@ journal = Journal()
 
 CUDA = torch.device("cuda", 0)
 SEQUENCES = (list, tuple)
+
+
+class Event:
+    """A mark on the device's own clock, which is the host's here."""
+
+    def __init__(self, enable_timing=False):
+        self.time = None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1000 * (other.time - self.time)
 
 
 class DeviceError(RuntimeError):
@@ -307,7 +324,7 @@ def pretend():
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
     torch.cuda.graphs.is_current_stream_capturing = torch.cuda.is_current_stream_capturing
-    torch.cuda.device = contextlib.nullcontext
+    torch.cuda.device, torch.cuda.Event = contextlib.nullcontext, Event
     torch.accelerator.is_available = torch.cuda.is_available
     for kernel in ("flash", "mem_efficient", "cudnn"):  # CUDA's fused attention: left is the one of plain operations
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)

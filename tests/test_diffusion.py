@@ -123,7 +123,7 @@ def test_batched_rollout_is_the_per_sample_rollout():
     timesteps, ends = torch.tensor([999, 749, 249, 3, 999, 1]), torch.tensor([-1, 499, -1, -1, 749, -1])
     z = random_latents(seed=6)
 
-    def model(z, t):
+    def model(z, t, rows):
         return z.tanh() * (0.5 + t.view(-1, 1, 1, 1) / 1000)
 
     together = ddim_rollout(model, schedule, z, timesteps, ends, 8)
@@ -136,7 +136,9 @@ def test_rollout_with_the_true_noise_returns_the_clean_latents():
     schedule = NoiseSchedule(scheduler_of("epsilon"))
     x, noise, timesteps = random_latents(seed=1), random_latents(seed=2), torch.tensor([999, 749, 499, 249, 100, 2])
     z = schedule.add_noise(x, noise, timesteps)
-    end = ddim_rollout(lambda z, t: noise, schedule, z, timesteps, torch.full((6,), -1), 8)
+    end = ddim_rollout(
+        lambda z, t, rows: noise if rows is None else noise[rows], schedule, z, timesteps, torch.full((6,), -1), 8
+    )
     torch.testing.assert_close(end, x, atol=2e-5, rtol=1e-4)
 
 

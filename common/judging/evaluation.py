@@ -13,11 +13,11 @@ from common import shapes
 from common.conditioning import decode_latents
 from common.data import load_dataset_from_args
 from common.errors import DataError, UsageError
+from common.frozen import gathered
 from common.identity import judges_of
 from common.judging import metrics
 from common.judging.image_sets import real_dataset, real_shapes, sharded
 from common.judging.results import load_judges
-from common.pipelines import gathered
 from common.randomness import sample_generator
 
 BATCH = 16  # images per forward

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.conditioning import decode_latents
 from common.contract import STEPS
-from common.pipelines import gathered
+from common.frozen import gathered
 
 
 @torch.no_grad()
