@@ -71,7 +71,9 @@ def parse_args(argv=None):
     arguments.add_teacher_step_arguments(add)
     arguments.add_few_step_arguments(add)
     add(
-        "--guidance_scale", type=arguments.weight, help="teacher's guidance (default: as it was saved, or its class's)"
+        "--guidance_scale",
+        type=arguments.weight,
+        help="teacher's guidance (default: as saved, else 7.5, or 5 of SDXL)",
     )
     add("--target", choices=("x0", "next"), default="x0", help="the teacher's clean latents, or at the next timestep")
     add("--keep_states", action="store_true", help="also write the K - 1 latents between")

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from common import arguments, shapes
+from common.arguments import ByModel
 from common.compression import channels, lora_check, planning, quantization, students
 from common.compression.captions import SPLIT, calibration_captions, judged_captions
 from common.compression.distillation import kd_loss, make_student
@@ -108,7 +109,9 @@ def parse_args(argv=None):
     )
     add("--kd_weight", type=arguments.weight, default=1.0, help="weight of the error against the original's output")
     add("--feature_weight", type=arguments.weight, default=1.0, help="weight of the features' error")
-    arguments.add_optimization_arguments(parser, learning_rate=2e-4, train_batch_size=32, max_train_steps=None)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(2e-4, 2e-5), train_batch_size=ByModel(32, 4), max_train_steps=None
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/pruned")
     arguments.add_validation_arguments(parser)
     add = parser.add_argument_group("report").add_argument

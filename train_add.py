@@ -15,7 +15,7 @@ DINOv2, looking at decoded images (--discriminator dinov2, the paper's).
 
     accelerate launch train_add.py
     accelerate launch --multi_gpu --num_processes 8 train_add.py --data_dir coco \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16 \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision fp16 \\
         --discriminator dinov2 --feature_model_name_or_path facebook/dinov2-small
 
 Run the same command with --resume_from_checkpoint latest to go on after a stop. Writes
@@ -28,6 +28,7 @@ import copy
 import torch
 
 from common import arguments
+from common.arguments import ByModel
 from common.cache import ROLLED_OUT_BY, Rollouts
 from common.conditioning import conditioning_of, latents_of, predict, predict_guided, unconditional_of
 from common.contract import make_contract, read_teacher, takes_guidance
@@ -70,7 +71,11 @@ def parse_args(argv=None):
     arguments.add_teacher_step_arguments(add)
     kept = "of sample: keep the teacher's samples of so many steps in memory and cycle over them (default: never)"
     arguments.add_rollout_arguments(add, in_memory=kept)
-    add("--guidance_scale", type=arguments.weight, help="teacher's guidance (default: as it was saved, else 7.5)")
+    add(
+        "--guidance_scale",
+        type=arguments.weight,
+        help="teacher's guidance (default: as saved, else 7.5, or 5 of SDXL)",
+    )
     add = parser.add_argument_group("discriminator").add_argument
     add(
         "--discriminator",
@@ -112,7 +117,9 @@ def parse_args(argv=None):
         help="R1 by a second backward, or by the scores of perturbed features",
     )
     arguments.add_lora_arguments(parser)
-    arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=500)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(1e-4, 1e-5, lora=1e-4), train_batch_size=ByModel(32, 4), max_train_steps=500
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/add")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)
@@ -200,11 +207,6 @@ def check_arguments(args):
         raise UsageError("--cache_rollouts, --rollout_cache: --lambda_distill 0 never asks what the teacher says.")
     if args.cache_rollouts and args.rollout_cache:
         raise UsageError("--cache_rollouts keeps what --rollout_cache has already: leave one of them out.")
-    if args.mismatched_captions and args.train_batch_size % 2:
-        raise UsageError(
-            f"--mismatched_captions swaps the captions of neighbours: --train_batch_size {args.train_batch_size} "
-            "is odd."
-        )
     if args.student_model and args.lora_rank:
         raise UsageError(
             "--student_model is about the whole UNet, and --lora_rank trains adapters on the teacher's: leave one out."
@@ -212,7 +214,15 @@ def check_arguments(args):
 
 
 def check_models(args):
-    """Refuse, from config files alone, a --student_model or a DINOv2 that does not fit the teacher or the flags."""
+    """Refuse, from config files alone, a --student_model or a DINOv2 that does not fit the teacher or the flags.
+
+    And batches that it would have no use for, whose size may depend on the model.
+    """
+    if args.mismatched_captions and args.train_batch_size % 2:
+        raise UsageError(
+            f"--mismatched_captions swaps the captions of neighbours: --train_batch_size {args.train_batch_size} "
+            "is odd."
+        )
     path = args.student_model = pipeline_folder(args.student_model, "--student_model")
     if path:
         check_compatible(path, "--student_model", args.pretrained_model_name_or_path, args.revision)

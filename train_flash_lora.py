@@ -11,7 +11,7 @@ without guidance:
 
     accelerate launch train_flash_lora.py --num_ddim_steps 8
     accelerate launch --multi_gpu --num_processes 8 train_flash_lora.py --data_dir coco \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision fp16
 
 Run the same command with --resume_from_checkpoint latest to go on after a stop. Writes
 <output_dir>/[<run_name>/]lora/checkpoint-N/ and final/, which `pipe.load_lora_weights` opens.
@@ -22,6 +22,7 @@ from functools import partial
 import torch
 
 from common import arguments
+from common.arguments import ByModel
 from common.cache import ROLLED_OUT_BY, Rollouts
 from common.conditioning import conditioning_of, latents_of, predict, predict_guided, unconditional_of
 from common.contract import make_contract, read_teacher
@@ -50,7 +51,11 @@ def parse_args(argv=None):
     add("--num_ddim_steps", type=arguments.positive_int, default=8, help="K: teacher steps per student step")
     arguments.add_teacher_step_arguments(add)
     arguments.add_few_step_arguments(add)
-    add("--guidance_scale", type=arguments.weight, help="teacher's guidance (default: as it was saved, else 7.5)")
+    add(
+        "--guidance_scale",
+        type=arguments.weight,
+        help="teacher's guidance (default: as saved, else 7.5, or 5 of SDXL)",
+    )
     add("--target", choices=("x0", "next"), default="x0", help="the teacher's clean latents, or at the next timestep")
     add("--loss", choices=("l2", "huber", "lpips"), default="huber", help="distance d; lpips compares decoded crops")
     add("--loss_weighting", choices=("none", "snr", "truncated_snr"), default="none", help="of a timestep's x0 error")
@@ -61,7 +66,9 @@ def parse_args(argv=None):
         "student pass (default: 64 for the embedded default without --rollout_cache, else 0: never)",
     )
     arguments.add_lora_arguments(parser, lora_rank=4)
-    arguments.add_optimization_arguments(parser, learning_rate=1e-3, train_batch_size=32, max_train_steps=500)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(1e-3, 1e-4), train_batch_size=ByModel(32, 4), max_train_steps=500
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/flash_lora")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)

@@ -21,6 +21,7 @@ Run the same command with --resume_from_checkpoint latest to go on after a stop.
 import torch
 
 from common import arguments
+from common.arguments import ByModel
 from common.conditioning import conditioning_of, guidance_embedding, latents_of, predict, unconditional_of
 from common.contract import STEPS, make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
@@ -48,12 +49,14 @@ def parse_args(argv=None):
     add(
         "--guidance_scale",
         type=arguments.weight,
-        help="what is baked in or, of embed, recorded for sampling (default: the teacher's, else 7.5)",
+        help="what is baked in or, of embed, recorded for sampling (default: the teacher's, else 7.5, or 5 of SDXL)",
     )
     add("--guidance_min", type=arguments.weight, help="smallest scale of --guidance embed (default: 1, which is none)")
     add("--guidance_max", type=arguments.weight, help="largest scale of --guidance embed (default: 8)")
     arguments.add_lora_arguments(parser)
-    arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=500)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(1e-4, 1e-5, lora=1e-4), train_batch_size=ByModel(32, 4), max_train_steps=500
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/guided")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)

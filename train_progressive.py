@@ -17,7 +17,7 @@ halving, and no later one; a teacher that has its guidance inside (train_guided.
     accelerate launch train_progressive.py --start_steps 32 --end_steps 4
     accelerate launch train_progressive.py --start_steps 1000 --stages 500 250 125 64 32 16 8
     accelerate launch --multi_gpu --num_processes 8 train_progressive.py --data_dir coco --start_steps 512 \\
-        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16 \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision fp16 \\
         --steps_per_stage 50000 --last_stages_steps 100000 --learning_rate 1e-4
 
 Run the same command with --resume_from_checkpoint latest to go on after a stop, in whatever stage. Writes
@@ -29,6 +29,7 @@ import argparse
 import torch
 
 from common import arguments
+from common.arguments import ByModel
 from common.cache import Rollouts
 from common.conditioning import (
     conditioning_of,
@@ -89,7 +90,7 @@ def parse_args(argv=None):
     add(
         "--guidance_scale",
         type=arguments.weight,
-        help="teacher's guidance in the first halving (default: as it was saved, else 7.5)",
+        help="teacher's guidance in the first halving (default: as saved, else 7.5, or 5 of SDXL)",
     )
     add(
         "--guidance_min",
@@ -100,7 +101,9 @@ def parse_args(argv=None):
     add("--loss_space", choices=("v", "x"), default="v", help="error in v, or in x0 with weight max(SNR, 1)")
     arguments.add_rollout_arguments(add)
     arguments.add_lora_arguments(parser)
-    arguments.add_optimization_arguments(parser, learning_rate=1e-4, train_batch_size=32, max_train_steps=None)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(1e-4, 1e-5, lora=1e-4), train_batch_size=ByModel(32, 4), max_train_steps=None
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/progressive")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)

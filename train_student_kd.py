@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from common import arguments
-from common.arguments import weight
+from common.arguments import ByModel, weight
 from common.compression import students
 from common.compression.distillation import kd_loss, make_student
 from common.compression.manifest import read_manifest
@@ -96,7 +96,9 @@ def parse_args(argv=None):
     arguments.add_rollout_arguments(add)
     add("--random_latents", action="store_true", help="captions only: z ~ N(0, I) in place of noisy images")
     add("--teacher_cpu_offload", action="store_true", help="keep the teacher's UNet in the CPU's memory between uses")
-    arguments.add_optimization_arguments(parser, learning_rate=5e-4, train_batch_size=32, max_train_steps=500)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(5e-4, 5e-5), train_batch_size=ByModel(32, 4), max_train_steps=500
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/student_kd")
     arguments.add_validation_arguments(parser)
     arguments.add_evaluation_arguments(parser)

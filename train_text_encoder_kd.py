@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from common import arguments
+from common.arguments import ByModel
 from common.conditioning import encode_prompts, is_sdxl, predict
 from common.contract import STEPS, make_contract, read_teacher
 from common.data import build_dataloader, load_dataset_from_args
@@ -84,7 +85,9 @@ def parse_args(argv=None):
         default=0.1,
         help="share of captions replaced by the empty one, which classifier-free guidance encodes",
     )
-    arguments.add_optimization_arguments(parser, learning_rate=1e-3, train_batch_size=64, max_train_steps=2000)
+    arguments.add_optimization_arguments(
+        parser, learning_rate=ByModel(1e-3, 1e-4), train_batch_size=ByModel(64, 4), max_train_steps=2000
+    )
     arguments.add_checkpoint_arguments(parser, output_dir="outputs/text_encoder_kd")
     arguments.add_validation_arguments(parser)
     arguments.add_runtime_arguments(parser)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from typing import NamedTuple
 
 EXPORTS = ("fp16", "int8", "fp8")
 LPIPS_HELP = "LPIPS: torchvision's VGG-16 weights, a file or 'download'"
@@ -20,6 +21,18 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if action.default in (None, False, argparse.SUPPRESS) or not action.option_strings:
             return action.help
         return f"{action.help} (default: %(default)s)"
+
+
+class ByModel(NamedTuple):
+    """A default that settle.settle decides on: of small models, such as tiny-sd, of others, of a LoRA on those."""
+
+    small: float
+    large: float
+    lora: float | None = None
+
+    def __str__(self):
+        lora = "" if self.lora is None else f", {self.lora:g} for a LoRA"
+        return f"{self.small:g} for tiny-sd and the like, else {self.large:g}{lora}"
 
 
 def positive_int(text):
@@ -114,7 +127,7 @@ def add_data_arguments(parser, *, cached=True):
             "--cache_dir",
             help="read what prepare_cache.py wrote here, latents and prompt embeddings of which data too",
         )
-    add("--dataloader_num_workers", type=natural, default=0, help="processes that load images, per rank")
+    add("--dataloader_num_workers", type=natural, default=ByModel(0, 4), help="processes that load images, per rank")
     return group
 
 

@@ -5,10 +5,11 @@ at guidance_scale), "baked" (one pass, scale 1) or "embedded" (one pass, the sca
 file is an ordinary teacher: "cfg".
 """
 
+import functools
 import json
 from pathlib import Path
 
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
 from common.errors import ModelError, UsageError, first_line
@@ -30,12 +31,24 @@ def read_distillation(path):
     file = Path(path) / CONTRACT
     carried = file_metadata(path).get("distillation")
     if not file.is_file() and carried is None:
-        return {"guidance": "cfg", "guidance_scale": 7.5}
+        return {"guidance": "cfg", "guidance_scale": ordinary_guidance(str(path))}
     try:
         contract = json.loads(carried or file.read_text())
         return {**contract, "guidance": contract["guidance"], "guidance_scale": float(contract["guidance_scale"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file} can't be read ({type(error).__name__}: {first_line(error)}).") from None
+
+
+@functools.lru_cache
+def ordinary_guidance(path):
+    """The guidance scale of an ordinary teacher: 5 of SDXL's class, as its stock pipeline has it, else 7.5."""
+    try:
+        folder = Path(path)
+        if not folder.suffix and (not folder.exists() or (folder / "model_index.json").is_file()):
+            return 5.0 if DiffusionPipeline.load_config(path)["_class_name"].startswith("StableDiffusionXL") else 7.5
+    except (OSError, ValueError, KeyError):  # no pipeline, or none that is here
+        pass
+    return 7.5
 
 
 def file_metadata(path):
@@ -65,7 +78,8 @@ def read_teacher(args, guidance=("cfg", "baked"), few_steps=False, hint=""):
 
     guidance: the kinds that the script can use; few_steps: whether it keeps to a few-step teacher's own timesteps, and
     hint: what else is said of one where it does not. The scale is --guidance_scale where the script has the flag and
-    it is given, else what was saved, else 7.5; 1 where guidance is baked in. From files alone. Raises UsageError.
+    it is given, else what was saved, else its class's (ordinary_guidance); 1 where guidance is baked in. From files
+    alone. Raises UsageError.
     """
     path = args.pretrained_model_name_or_path
     where, contract = f"--pretrained_model_name_or_path {path}", read_distillation(path)

@@ -7,6 +7,7 @@ import torch
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env
 
+from common.arguments import ByModel
 from common.cache import check_same, made_by, made_of, read_index, take_flags
 from common.contract import TINY_SD, comes_from_tiny_sd
 from common.errors import DataError, UsageError
@@ -15,6 +16,8 @@ from common.lora import settle_lora
 from common.model_files import check_weights
 from common.pipelines import compute_dtype, local_folder, read_pipeline_config, resolution_of
 from common.single_file import pipeline_folder
+
+LARGE = 256  # pixels per side of a model's images, from which on it is none for a laptop
 
 
 def settle(args, transformers=False, needs_data=True):
@@ -46,11 +49,20 @@ def settle(args, transformers=False, needs_data=True):
     _, native_resolution, factor = read_pipeline_config(teacher, args.revision, transformers=transformers)
     check_weights(teacher, args.variant, f"--pretrained_model_name_or_path {teacher}")
     args.resolution = resolution_of(args, native_resolution, f"--pretrained_model_name_or_path {teacher}")
+    settle_by_model(args, native_resolution or args.resolution)
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
     check_samples(args)
     if hasattr(args, "push_to_hub"):
         check_hub(args)  # the last: it makes a repository
+
+
+def settle_by_model(args, native_resolution):
+    """Defaults whose right value depends on the model, by how large its images are."""
+    for name, value in vars(args).items():
+        if isinstance(value, ByModel):
+            large = value.large if value.lora is None or not args.lora_rank else value.lora
+            setattr(args, name, value.small if native_resolution < LARGE else large)
 
 
 def take_data_of_caches(args):
