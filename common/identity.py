@@ -36,6 +36,7 @@ FREE_ON_RESUME = {
     "export",
     "gradient_checkpointing",
     "torch_compile",
+    "channels_last",
     "allow_tf32",
     "teacher_cpu_offload",
     "lora_dir",

@@ -14,6 +14,7 @@ from peft.tuners.lora import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
+from common.compression.quantization import quantize_weights
 from common.contract import file_metadata
 from common.errors import UsageError, first_line
 from common.pipelines import load_unet, with_guidance_input
@@ -27,8 +28,10 @@ _PEFT_FIELDS = set(LoraConfig.__dataclass_fields__)
 
 def settle_lora(args):
     """The defaults of --lora_alpha and --lora_targets; refuses them where no LoRA is trained."""
-    if not args.lora_rank and (args.lora_alpha or args.lora_targets):
-        raise UsageError("--lora_alpha and --lora_targets are about a LoRA: add --lora_rank or leave them out.")
+    if not args.lora_rank and (args.lora_alpha or args.lora_targets or getattr(args, "quantize_frozen", None)):
+        raise UsageError(
+            "--lora_alpha, --lora_targets and --quantize_frozen are about a LoRA: add --lora_rank or leave them out."
+        )
     args.lora_alpha = args.lora_alpha or 32.0
     args.lora_targets = args.lora_targets or ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -61,6 +64,8 @@ def fold_wide_adapters(unet):
         if not isinstance(layer, Linear | Conv2d):
             continue
         weight = layer.get_base_layer().weight
+        if type(weight.data) is not torch.Tensor:  # a quantized one
+            continue
         adapter = layer.lora_A["default"].weight.numel() + layer.lora_B["default"].weight.numel()
         if weight.dtype == torch.float32 and 3 * adapter > weight.numel():
             layer.forward = functools.partial(_folded, layer, layer.forward)
@@ -85,6 +90,10 @@ def student_unet(args, pipeline, embedded=False):
     """
     teacher = pipeline.unet
     if args.lora_rank:
+        if args.quantize_frozen:  # but for adapted convolutions, for which peft has adapters of unquantized ones alone
+            ends = tuple(f".{target}" for target in args.lora_targets)
+            convolutions = [name for name, layer in teacher.named_modules() if isinstance(layer, torch.nn.Conv2d)]
+            quantize_weights(teacher, skip=[name for name in convolutions if f".{name}".endswith(ends)])
         add_lora(teacher, args)
         return teacher
     unet = with_guidance_input(load_unet(args)) if embedded else load_unet(args)

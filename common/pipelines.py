@@ -326,10 +326,13 @@ def load_unet(args, student_model=None):
 
 
 def set_up(module, args, *more):
-    """Gradient checkpointing and compilation of a network that is trained, as the flags say; `more` is compiled too.
+    """Gradient checkpointing, memory format and compilation of a network that is trained; of `more` the last two.
 
     In place, so that parameter names stay those of the plain module.
     """
+    if args.channels_last:
+        for network in {module, *more}:
+            network.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         module.enable_gradient_checkpointing()
     if args.torch_compile:

@@ -123,6 +123,14 @@ def quantize_model(module, skip=(), dtype=DTYPE, kind="int8", activations=False)
     return module
 
 
+@torch.no_grad()
+def quantize_weights(module, skip=()):
+    """INT8 weights where a model is only computed with, in place: of layers_of(module, skip), the rest as it is."""
+    names = set(layers_of(module, skip))
+    quantize_(module, INT8, filter_fn=lambda layer, name: name in names)
+    module.requires_grad_(False)
+
+
 def multiplies_float8(layer):
     """Whether torch's float8 product takes a layer: it asks for multiples of 16 on both sides."""
     return isinstance(layer, torch.nn.Linear) and all(size % 16 == 0 for size in layer.weight.shape)
