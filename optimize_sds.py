@@ -41,13 +41,13 @@ from common.conditioning import (
     predict,
 )
 from common.contract import comes_from_tiny_sd, read_teacher
-from common.data import GlobalBatchSampler
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging import results
 from common.judging.previews import image_diversity, image_grid
+from common.loader import GlobalBatchSampler
 from common.lora import add_lora, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.particles import angles_of, look, make_student, pictures, save_volumes, show

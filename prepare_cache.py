@@ -45,9 +45,10 @@ from common.cache import (
 from common.checkpoint import lock_folder
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict_guided
 from common.contract import read_teacher
-from common.data import collate, load_dataset_from_args, order_of
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout
 from common.errors import DataError, UsageError
+from common.loader import collate, order_of
 from common.pipelines import keep_vae_right, load_pipeline, local_folder
 from common.randomness import sample_generator
 from common.run import STOPPED, on_main_process, open_accelerator, run_script
@@ -93,6 +94,8 @@ def check_arguments(args):
 
 def check_data(args):
     """Refuse what a cache of samples can't hold; say how many of endless shapes it has."""
+    if args.rollouts and args.aspect_ratio_buckets:
+        raise UsageError("--aspect_ratio_buckets: roll-outs are of squares: leave it out.")
     if args.rollouts:
         return
     if args.dataset_name == "shapes":
@@ -257,22 +260,23 @@ def main(args):
         rows_of, index_of = partial(sample_rows, args, pipeline, dataset), int
 
     folder, key, count = Path(args.folder), key_of(index["made_of"]), index["count"]
-    shards = [(f"shard-{first // SHARD:05d}.safetensors", first) for first in range(0, count, SHARD)]
+    buckets = getattr(dataset, "buckets", None) or [0] * count
+    shards = shards_of(buckets)
     own = shards[accelerator.process_index :: accelerator.num_processes]
-    sizes = [min(SHARD, count - first) for _, first in own]
-    bar = tqdm(total=sum(sizes), desc=index["kind"], disable=not accelerator.is_local_main_process)
-    for (name, first), size in zip(own, sizes):
+    total = sum(len(numbers) for _, numbers in own)
+    bar = tqdm(total=total, desc=index["kind"], disable=not accelerator.is_local_main_process)
+    for name, numbers in own:
         if rows_are_there(folder, name, key):
-            bar.update(size)
+            bar.update(len(numbers))
             continue
-        numbers = [
-            range(i, min(i + args.batch_size, first + size)) for i in range(first, first + size, args.batch_size)
-        ]
-        keys = [[(index_of(number), 0, number) for number in batch] for batch in numbers]
+        batches = [numbers[i : i + args.batch_size] for i in range(0, len(numbers), args.batch_size)]
+        keys = [[(index_of(number), 0, number) for number in batch] for batch in batches]
         workers = {"num_workers": args.dataloader_num_workers, "pin_memory": accelerator.device.type == "cuda"}
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **workers)
         with torch.no_grad():
             rows = rows_of(told(loader, bar))
+        if args.aspect_ratio_buckets:
+            rows["index"] = torch.tensor(numbers)
         write_rows(folder, name, rows, key)
     bar.close()
     accelerator.wait_for_everyone()
@@ -282,11 +286,21 @@ def main(args):
             "pooled_prompt_embeds": unconditional.pooled_prompt_embeds,
         }
         save_file({n: x.cpu().contiguous() for n, x in empty.items() if x is not None}, folder / UNCONDITIONAL)
-        files = [(name, min(SHARD, count - first), (folder / name).stat().st_size) for name, first in shards]
-        write_index(folder, {**index, "shards": files})
+        files = [(name, len(numbers), (folder / name).stat().st_size) for name, numbers in shards]
+        of = {"buckets": [buckets[numbers[0]] for _, numbers in shards]} if args.aspect_ratio_buckets else {}
+        write_index(folder, {**index, **of, "shards": files})
         size = sum(size for _, _, size in files)
         print(f"Done: {folder}, {count} {index['kind']}, {size / 1e6:.1f} MB", flush=True)
     accelerator.end_training()
+
+
+def shards_of(buckets):
+    """[(file, the samples or roll-outs in it), ...]: of one bucket each, of which every one has a number."""
+    order, shards = sorted(range(len(buckets)), key=buckets.__getitem__), []
+    for _, group in itertools.groupby(order, key=buckets.__getitem__):
+        group = list(group)
+        shards += [group[first : first + SHARD] for first in range(0, len(group), SHARD)]
+    return [(f"shard-{number:05d}.safetensors", shard) for number, shard in enumerate(shards)]
 
 
 def told(batches, bar):

@@ -53,17 +53,18 @@ from common.conditioning import (
     unconditional_of,
 )
 from common.contract import make_contract, read_distillation, read_teacher
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.judging.results import print_table
+from common.loader import build_dataloader
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
-from common.pipelines import default_guidance, latent_shape, load_pipeline, set_up
+from common.pipelines import default_guidance, load_pipeline, set_up
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.settle import settle
@@ -295,7 +296,6 @@ def main(args):
         teacher_unconditional = unconditional_of(teacher, dataset, args.resolution)
         loader = iter(build_dataloader(dataset, args, accelerator, run.step))
         timesteps_known = from_contract["timesteps"] or range(schedule.num_train_timesteps)
-        shape = latent_shape(pipeline, args.resolution)
         shown = {**contract, "steps": contract["steps"] or args.eval_inference_steps}
         one_text = not any(component.startswith("text_encoder") for component in planned)
 
@@ -335,8 +335,8 @@ def main(args):
                         own = batch["captions"], args.resolution, batch.get("time_ids")
                         conditioning = encode_prompts(pipeline, *own)
                     latents = latents_of(teacher, batch)
-                    drawn = draw(args, batch["step"], batch["positions"], shape, timesteps_known)
-                    noise, timesteps = (x.to(run.device) for x in drawn)
+                    drawn = draw(args, batch["step"], batch["positions"], latents.shape[1:], timesteps_known)
+                    noise, timesteps = (x.to(run.device, non_blocking=True) for x in drawn)
                     z, target = schedule.noisy_input(latents, noise, timesteps), None
                     if args.task_weight:
                         z = schedule.add_noise(latents, noise, timesteps)

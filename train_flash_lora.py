@@ -26,13 +26,14 @@ from common.arguments import ByModel
 from common.cache import ROLLED_OUT_BY, Rollouts
 from common.conditioning import conditioning_of, latents_of, predict, predict_guided, unconditional_of
 from common.contract import make_contract, read_teacher
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout, pointwise_distance
 from common.ema import EMA
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.metrics import decoded_lpips, load_lpips
 from common.judging.previews import preview
+from common.loader import build_dataloader
 from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student

@@ -40,12 +40,13 @@ from common.conditioning import (
     unconditional_of,
 )
 from common.contract import make_contract, read_teacher
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
 from common.errors import CheckpointError, UsageError
 from common.frozen import ENCODERS, load_frozen
 from common.judging.previews import preview
+from common.loader import build_dataloader
 from common.lora import add_lora, student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student

@@ -29,13 +29,14 @@ from common.compression.distillation import kd_loss, make_student
 from common.compression.manifest import read_manifest
 from common.conditioning import conditioning_of, encode_empty_prompt, latents_of, predict, unconditional_of
 from common.contract import TINY_SD, make_contract, parent_source, read_distillation, read_teacher
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
 from common.errors import UsageError
 from common.frozen import ENCODERS, idle_encoders, load_frozen, put_away
 from common.judging.evaluation import Evaluation, better, check_evaluation
 from common.judging.previews import preview
+from common.loader import build_dataloader
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
@@ -366,8 +367,11 @@ def main(args):
         chain = chains[chain_index(run.step, args.max_train_steps, len(chains))]
         for batch in run.batches(loader):
             with accelerator.accumulate(student):
+                if not args.random_latents:
+                    latents = latents_of(pipeline, batch)
+                    shape = latents.shape[1:]
                 drawn = draw(args, batch["step"], batch["positions"], shape, chain, dropout)
-                noise, timesteps, dropped = (x.to(run.device) for x in drawn)
+                noise, timesteps, dropped = (x.to(run.device, non_blocking=True) for x in drawn)
                 conditioning = conditioning_of(pipeline, batch, args.resolution)
                 conditioning = teacher_conditioning = conditioning.where(dropped, unconditional)
                 if not one_text:
@@ -375,7 +379,6 @@ def main(args):
                     teacher_conditioning = teacher_conditioning.where(dropped, teacher_unconditional)
                 z, target = noise, None  # --random_latents: alpha x + sigma eps is N(0, I) where x is
                 if not args.random_latents:
-                    latents = latents_of(pipeline, batch)
                     z, target = noisy_pair(args, schedule, latents, noise, timesteps)
                 run.phase("teacher")
                 with accelerator.autocast():

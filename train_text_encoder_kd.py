@@ -29,12 +29,13 @@ from common import arguments
 from common.arguments import ByModel
 from common.conditioning import encode_prompts, is_sdxl, predict
 from common.contract import STEPS, make_contract, read_teacher
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
 from common.errors import UsageError, first_line
 from common.frozen import load_frozen
 from common.judging.previews import preview
+from common.loader import build_dataloader
 from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student

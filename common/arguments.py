@@ -120,6 +120,11 @@ def add_data_arguments(parser, *, cached=True):
     add("--caption_template", default="a photo of a {label}", help="caption of a class-label set")
     add("--resolution", type=positive_int, help="pixels per side (default: the model's own)")
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
+    add(
+        "--aspect_ratio_buckets",
+        action="store_true",
+        help="cut images to the nearest of several shapes of about --resolution^2 pixels, not to squares",
+    )
     add("--random_flip", action="store_true", help="mirror half of the images")
     add("--max_train_samples", type=positive_int, help="use only the first so many samples")
     if cached:

@@ -2,7 +2,8 @@
 
 A cache is a folder: cache.json, which says what it was made of and, once it is complete, which shards there are; and
 safetensors files of at most SHARD rows each, of samples or of roll-outs, with the captions of its rows:
- - samples:   latents (n, 1 or 2, C, h, w): scaled, fp32, as they are and, with --random_flip, mirrored;
+ - samples:   latents (n, 1 or 2, C, h, w): scaled, fp32, as they are and, with --random_flip, mirrored; of buckets
+              a shard has one shape, and index (n,) says which samples they are;
               first (n + 1,) and captions: the texts of sample i are captions[first[i]:first[i + 1]];
               time_ids (n, 6): SDXL's original size, crop corner and target size
  - roll-outs: z, target (n, C, h, w), timesteps, ends, caption, sample (n,), guidance_scale (n,), time_ids and, where
@@ -38,7 +39,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Flags that say which samples there are, and how they are cut: a run takes them from its cache where it has none.
 DATA_FLAGS = (
     "data_dir", "dataset_name", "image_column", "caption_column", "caption_template", "center_crop", "resolution",
-    "max_train_samples",
+    "max_train_samples", "aspect_ratio_buckets",
 )  # fmt: skip
 
 
@@ -224,10 +225,15 @@ class CachedDataset(torch.utils.data.Dataset):
         self.rows = Rows(args.cache_dir, index, "--cache_dir")
         self.size, self.unconditional = self.rows.size, self.rows.unconditional
         self.seed, self.needs_images, self.random_flip = args.seed, needs_images, args.random_flip and index["flipped"]
-        self.source = f"--cache_dir {args.cache_dir}"
+        self.source, self.buckets, self._row_of = f"--cache_dir {args.cache_dir}", None, range(self.size)
+        if index.get("buckets"):  # rows lie by bucket
+            samples = np.concatenate([self.rows.table(shard)["index"] for shard in range(len(index["shards"]))])
+            self._row_of = np.argsort(samples)
+            self.buckets = np.repeat(index["buckets"], [rows for _, rows, _ in index["shards"]])[self._row_of].tolist()
 
     def __getitem__(self, key):
         index, step, position = key
+        index = int(self._row_of[index])
         draws = torch.rand(4, generator=sample_generator(self.seed, step, position, stream="augmentation")).tolist()
         shard, row = self.rows.place(index)
         small = self.rows.table(shard)
@@ -238,7 +244,7 @@ class CachedDataset(torch.utils.data.Dataset):
         return {**sample, **self.rows.caption(shard, int(captions[int(draws[3] * len(captions))]))}
 
     def captions(self, index):
-        shard, row = self.rows.place(index)
+        shard, row = self.rows.place(int(self._row_of[index]))
         small = self.rows.table(shard)
         numbers = small["captions"][small["first"][row] : small["first"][row + 1]]
         return [self.rows.caption(shard, int(number))["caption"] for number in numbers]

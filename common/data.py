@@ -4,24 +4,21 @@ The formats of --data_dir are those of common/data_formats.py. --dataset_name is
 or "shapes".
 
 Nothing about a sample depends on rank, worker or micro-batch: which one is read follows from (seed, sample count),
-its flip, crop and choice of caption from (seed, optimizer step, index in the global batch).
+its flip, crop and choice of caption from (seed, optimizer step, index in the global batch); see common/loader.py.
 """
 
 import argparse
-import atexit
-import functools
 import io
 import logging
-import multiprocessing
 import re
-import signal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common.cache import CachedDataset, RolloutDataset, refreshed
+from common.buckets import assign, bucket_shapes, to_shape
+from common.cache import CachedDataset, RolloutDataset
 from common.class_files import LabelledImages
 from common.data_formats import IMAGE_COLUMNS, find_image, load_named, read_data_dir, too_many
 from common.errors import DataError
@@ -42,6 +39,11 @@ def to_square(image, resolution, crop_x, crop_y, flip):
     side = min(image.size)
     left, top = (round(fraction * (length - side)) for fraction, length in zip((crop_x, crop_y), image.size))
     image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    return pixels_of(image, flip)
+
+
+def pixels_of(image, flip):
+    """float32 (3, H, W) in [-1, 1] of an RGB image, mirrored by `flip`."""
     if flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -72,6 +74,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         self.size, self.needs_images, self.source = size, needs_images, source
         self.seed, self.resolution = args.seed, args.resolution
         self.center_crop, self.random_flip = args.center_crop, args.random_flip
+        self.shapes = self.buckets = None  # with --aspect_ratio_buckets: (height, width), and each sample's number
         # In shared memory, so that the workers of a loader count together.
         self.unreadable = torch.zeros(size, dtype=torch.bool).share_memory_()
 
@@ -86,8 +89,14 @@ class CaptionedImages(torch.utils.data.Dataset):
         if self.needs_images:
             index, image = self.first_readable(index)
             crop = (0.5, 0.5) if self.center_crop else draws[:2]
-            sample["pixel_values"] = to_square(image, self.resolution, *crop, self.random_flip and draws[2] < 0.5)
-            sample["time_ids"] = square_time_ids(image.size, self.resolution, *crop)
+            flip = self.random_flip and draws[2] < 0.5
+            if self.buckets:
+                shape = self.shapes[self.buckets[key[0]]]
+                image, sample["time_ids"] = to_shape(image, shape, *crop)
+                sample["pixel_values"] = pixels_of(image, flip)
+            else:
+                sample["pixel_values"] = to_square(image, self.resolution, *crop, flip)
+                sample["time_ids"] = square_time_ids(image.size, self.resolution, *crop)
         sample["index"], captions = index, self.captions(index)
         sample["caption"] = captions[int(draws[3] * len(captions))]
         return sample
@@ -297,6 +306,15 @@ def load_dataset_from_args(args, needs_images=True):
         raise DataError(f"--max_train_samples {args.max_train_samples} leaves no samples.")
     if args.dataset_name == "shapes":
         return ShapesDataset(args, needs_images)
+    dataset = read_dataset(args, needs_images)
+    if getattr(args, "aspect_ratio_buckets", False) and needs_images:
+        dataset.shapes = bucket_shapes(args.resolution)
+        dataset.buckets = assign(dataset, dataset.shapes)
+    return dataset
+
+
+def read_dataset(args, needs_images):
+    """The dataset of --dataset_name or --data_dir, for load_dataset_from_args."""
     if args.dataset_name is not None:
         return TableDataset(args, load_named(args.dataset_name), needs_images, f"--dataset_name {args.dataset_name}")
     try:
@@ -308,122 +326,3 @@ def load_dataset_from_args(args, needs_images=True):
     if isinstance(content, LabelledImages):
         return LabelledDataset(args, content, needs_images, source)
     return TableDataset(args, content, needs_images, source, folder)
-
-
-class GlobalBatchSampler(torch.utils.data.Sampler):
-    """Lists of (index, step, position) for this rank, one per micro-batch, from start_step until max_steps.
-
-    The global batch of batch_size * num_processes * accumulation_steps samples is laid out by position; a sample's
-    count is step * batch + position, which falls into an epoch and a place in that epoch's permutation. With
-    cycle_steps M, step s is step s mod M again: the same samples with the same randomness; or, from a round on in
-    which --rollout_refresh draws it, other ones. Without read_again such a step is read once, then its index is None.
-    """
-
-    def __init__(
-        self,
-        size,
-        batch_size,
-        accumulation_steps,
-        process_index,
-        num_processes,
-        start_step,
-        max_steps,
-        seed,
-        cycle_steps=None,
-        refresh=0.0,
-        read_again=True,
-    ):
-        self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
-        self.process_index, self.num_processes = process_index, num_processes
-        self.start_step, self.max_steps, self.seed = start_step, max_steps, seed
-        self.cycle_steps, self.refresh, self.read_again = cycle_steps or max(max_steps, 1), refresh, read_again
-
-    def __len__(self):
-        return max(self.max_steps - self.start_step, 0) * self.accumulation_steps
-
-    def __iter__(self):
-        global_batch, index_of = self.batch_size * self.num_processes * self.accumulation_steps, order_of(self)
-        seen = set()
-        for step in map(self._drawn, range(self.start_step, self.max_steps)):
-            reads = self.read_again or step not in seen
-            seen.add(step)
-            for micro_batch in range(self.accumulation_steps):
-                first = (micro_batch * self.num_processes + self.process_index) * self.batch_size
-                positions = range(first, first + self.batch_size)
-                indices = [index_of(step * global_batch + position) if reads else None for position in positions]
-                yield [(index, step, position) for index, position in zip(indices, positions)]
-
-    def _drawn(self, step):
-        """The step whose samples and randomness step `step` has."""
-        cycle, place = divmod(step, self.cycle_steps)
-        while self.refresh and cycle and not refreshed(self.seed, cycle * self.cycle_steps + place, self.refresh):
-            cycle -= 1
-        return cycle * self.cycle_steps * bool(self.refresh) + place
-
-
-def order_of(data):
-    """index_of(count): which of `data.size` samples (None: endless) the so many-th is, in an order of `data.seed`."""
-
-    @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-    def permutation(epoch):
-        return torch.randperm(data.size, generator=sample_generator(data.seed, epoch, 0, stream="order"))
-
-    return lambda count: count if data.size is None else int(permutation(count // data.size)[count % data.size])
-
-
-def collate(samples):
-    """Samples of one micro-batch -> {"captions", "positions", "step" and its tensors, "pixel_values" say, stacked}."""
-    batch = {"positions": [sample["position"] for sample in samples], "step": samples[0]["step"]}
-    for plural, name in (("captions", "caption"), ("indices", "index")):
-        if name in samples[0]:
-            batch[plural] = [sample[name] for sample in samples]
-    tensors = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-    return {**batch, **{name: torch.stack([sample[name] for sample in samples]) for name in tensors}}
-
-
-class Unread(torch.utils.data.Dataset):
-    """A dataset whose samples without an index are their place alone: they are read no more."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key):
-        index, step, position = key
-        return {"step": step, "position": position} if index is None else self.dataset[key]
-
-
-def ignore_signals(worker):
-    """Loader workers leave SIGTERM and SIGINT to the trainer, which saves at the next step and then ends them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers():
-    """At exit: multiprocessing would send the workers SIGTERM, which they ignore, and wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as crashed
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None, updates=1, read_again=True):
-    """This rank's micro-batches from start_step on. Not for accelerator.prepare: the sampler has split the batch.
-
-    updates: batches of one step, each of which counts as a step of the data. cycle_steps, read_again: of
-    GlobalBatchSampler, for a method that keeps what it made of so many steps.
-    """
-    if args.dataloader_num_workers:
-        atexit.register(end_workers)
-    steps, cycle_steps = (start_step * updates, args.max_train_steps * updates), (cycle_steps or 0) * updates
-    share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
-    again = cycle_steps, getattr(args, "rollout_refresh", 0.0) if cycle_steps else 0.0, read_again
-    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, *again)
-    return torch.utils.data.DataLoader(
-        dataset if read_again else Unread(dataset),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=ignore_signals,
-        persistent_workers=args.dataloader_num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator().manual_seed(args.seed),  # else a loader's start would draw from the global one
-    )

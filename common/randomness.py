@@ -19,6 +19,7 @@ STREAMS = {  # independent uses of one sample; a number, once used, is never giv
     "report": 8,  # the noise that a report's images start from
     "particles": 9,  # what images and volumes start as that scores are distilled into
     "refresh": 10,  # which steps' roll-outs are made anew
+    "buckets": 11,  # of aspect ratios: which one a step has, and the order in each
 }
 
 

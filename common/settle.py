@@ -52,6 +52,8 @@ def settle(args, transformers=False, needs_data=True):
     settle_by_model(args, native_resolution or args.resolution)
     if args.resolution % factor:
         raise UsageError(f"--resolution {args.resolution} is not a multiple of {factor}, the VAE's factor.")
+    if getattr(args, "aspect_ratio_buckets", False) and args.dataset_name == "shapes":
+        raise UsageError("--aspect_ratio_buckets: rendered shapes are squares: leave it out.")
     check_samples(args)
     if hasattr(args, "push_to_hub"):
         check_hub(args)  # the last: it makes a repository
@@ -78,7 +80,7 @@ def check_samples(args):
         return
     index = read_index(args.cache_dir, "--cache_dir", "samples")
     check_same("--cache_dir", args.cache_dir, index, made_of(args, local_folder(args), compute_dtype_of(args)))
-    if args.random_flip and not index["flipped"]:
+    if args.random_flip and not index["flipped"] and args.dataset_name != "shapes":
         raise DataError(f"--cache_dir {args.cache_dir} has no mirrored images: make it with --random_flip.")
 
 

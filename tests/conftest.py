@@ -179,6 +179,24 @@ def students(pipelines, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 11 captioned pictures of several sizes, one of which is broken, and one with two captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    rows = []
+    for number in range(11):
+        size = (40 + 3 * number, 48, 3) if number % 2 else (36, 52 + number, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{number:02d}.png")
+        captions = [f"picture {number}"] + ["another word for it"] * (number == 3)
+        rows.append({"file_name": f"{number:02d}.png", "text": captions})
+    (folder / "04.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dinov2(tmp_path_factory):
     """The folder of a small random DINOv2."""
     from transformers import Dinov2Config, Dinov2Model

@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from common.data import GlobalBatchSampler, ShapesDataset, build_dataloader, collate, load_dataset_from_args
+from common.data import ShapesDataset, load_dataset_from_args
 from common.errors import DataError
+from common.loader import GlobalBatchSampler, build_dataloader, collate
 from common.randomness import STREAMS, sample_generator
 from common.shapes import caption_of, training_sample
 
@@ -332,7 +333,8 @@ def test_a_run_that_ends_in_an_error_does_not_wait_for_its_workers(tmp_path):
     write(tmp_path / "a.txt", "a")
     script = """
 import sys, types, torch
-from common.data import build_dataloader, load_dataset_from_args
+from common.data import load_dataset_from_args
+from common.loader import build_dataloader
 from test_data import make_args
 args = make_args(data_dir=sys.argv[1], dataloader_num_workers=1)
 accelerator = types.SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
