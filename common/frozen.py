@@ -48,12 +48,13 @@ def put_away(pipeline, args):
 @contextlib.contextmanager
 def gathered(pipeline):
     """Within the context all of a pipeline's models are on its UNet's device, then each where it was."""
+    device = pipeline.unet.device
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    devices = [model.device for model in models]
+    elsewhere = [(model, model.device) for model in models if model.device != device]
     try:
-        for model in models:
-            model.to(pipeline.unet.device)
+        for model, _ in elsewhere:
+            model.to(device)
         yield
     finally:
-        for model, device in zip(models, devices):
-            model.to(device)
+        for model, own in elsewhere:
+            model.to(own)
