@@ -11,57 +11,18 @@ sizes of the UNet's files in the place of the checkpoint's.
 
 import argparse
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 
-def build_sd15(folder):
-    """SD1.5's architecture with random weights and tiny-sd's tokenizer."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from prepare_tiny_sd import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=2,
-    )
-    text = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        vocab_size=49408,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler = PNDMScheduler(**betas, steps_offset=1, skip_prk_steps=True)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+from benchmarks.shared import sd15_folder  # noqa: E402
 
 
 def main():
@@ -74,14 +35,7 @@ def main():
     parser.add_argument("rest", nargs="*", help="further arguments of the script, after --")
     args = parser.parse_args()
     work = Path(args.work_dir)
-    pipeline, student, run = work / "sd15", work / "sd15_tiny", work / f"run_{Path(args.script).stem}"
-    if not (pipeline / "model_index.json").is_file():
-        # In a process of its own: a child's peak starts from that of the process that it was forked from.
-        builder = multiprocessing.get_context("spawn").Process(target=build_sd15, args=(pipeline,))
-        builder.start()
-        builder.join()
-        if builder.exitcode:
-            sys.exit(f"{pipeline} could not be written")
+    pipeline, student, run = sd15_folder(work), work / "sd15_tiny", work / f"run_{Path(args.script).stem}"
     environment, more = {**os.environ, "HF_HUB_OFFLINE": "1"}, []
     if args.script == "train_student_kd.py":
         more = ["--student_model", str(student)]

@@ -58,6 +58,29 @@ def test_pipelines_against_the_first(pipelines, tmp_path, capsys):
     assert all(len(row["seconds"]) == 3 and min(row["seconds"]) > 0 for row in report["rows"])
 
 
+def test_every_combination_of_steps_and_dtype(pipelines, tmp_path):
+    output, model = tmp_path / "times.json", pipelines()
+    flags = (*QUICK, "--rounds", 2, "--steps", 1, 2, "--dtype", "fp32", "bf16", "--output", output)
+    run_in_process(inference, "--models", model, *flags)
+    report = read_json(output)
+    rows = {row["configuration"]: row for row in report["rows"]}
+    assert list(rows) == [f"{model}, {steps} steps, {dtype}" for dtype in ("fp32", "bf16") for steps in (1, 2)]
+    first, second, _, last = rows.values()
+    assert last["macs"] == second["macs"] > first["macs"] and last["steps"] == 2 and last["dtype"] == "bf16"
+    assert output.with_suffix(".png").stat().st_size > 1000 and report["date"] and report["hardware"]["cpu"]
+
+
+def test_compiled_and_not(tmp_path, monkeypatch, compiled):
+    monkeypatch.setitem(inference.ARCHITECTURES, "sd15", TINY)
+    output = tmp_path / "times.json"
+    flags = (*QUICK, "--resolution", 64, "--rounds", 1, "--ratio", 0.5, "--torch_compile", "--output", output)
+    run_in_process(inference, "--architecture", "sd15", *flags)
+    plain, fast, pruned, pruned_fast = read_json(output)["rows"]
+    assert [row["configuration"] for row in (plain, fast)] == ["sd15", "sd15, compiled"] and len(compiled) == 2
+    assert fast["macs"] == plain["macs"] > pruned["macs"] == pruned_fast["macs"]  # those of the model
+    assert output.with_suffix(".png").is_file()
+
+
 def test_an_architecture_pruned_before_it_has_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(inference.ARCHITECTURES, "sd15", TINY)
     output = tmp_path / "times.json"
