@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 common=(--data_dir "${DATA:?}" --random_flip --dataloader_num_workers 4 --batch_size 8 --gradient_accumulation_steps 32
-    --mixed_precision bf16 --gradient_checkpointing --checkpointing_steps 500 --checkpoints_total_limit 2
+    --mixed_precision fp16 --gradient_checkpointing --checkpointing_steps 500 --checkpoints_total_limit 2
     --validation_prompts "a photo of a red bicycle leaning on a brick wall" "a bowl of fruit on a wooden table"
     --output_dir checkpoints --resume_from_checkpoint latest)
 [ -d checkpoints/sd15_guided/final ] || accelerate launch --num_processes 1 train_guided.py "${common[@]}" \
