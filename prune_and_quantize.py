@@ -53,6 +53,7 @@ from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import default_guidance, latent_shape, load_frozen, load_pipeline, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.sampling import read_prompts_file
@@ -289,7 +290,8 @@ def main(args):
     if args.data_dir or args.dataset_name:
         dataset = load_dataset_from_args(args, needs_images=bool(args.finetune_steps))
     captions = calibration_captions(args, dataset)
-    run = open_run(args, staged=True)
+    watch = preflight(args, dataset, trains="pruned" if args.finetune_steps else None)
+    run = open_run(args, watch, staged=True)
     accelerator = run.accelerator
 
     # 1 frozen models: what is pruned, in fp32, and what it learns from, in the compute dtype

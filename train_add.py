@@ -41,6 +41,7 @@ from common.lora import student_unet, trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import check_compatible, check_same_inputs, load_frozen, load_pipeline, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import shorter_schedules, student_scheduler, student_timesteps
@@ -315,7 +316,8 @@ def main(args):
     guidance_scale = read_teacher(args, hint=", and give this one as --student_model")["guidance_scale"]
     check_models(args)
     dataset = load_dataset_from_args(args)
-    run = open_run(args)
+    watch = preflight(args, dataset, guidance_scale, own_teacher=True, student=args.student_model)
+    run = open_run(args, watch)
     accelerator, start, updates = run.accelerator, args.discriminator_start_step, args.discriminator_updates
     if start >= args.max_train_steps:
         accelerator.print(f"--discriminator_start_step {start}: the student learns from the teacher alone.")

@@ -42,6 +42,7 @@ from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import load_frozen, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps
@@ -143,7 +144,8 @@ def main(args):
     guidance_scale, embedded = from_contract["guidance_scale"], settle_range(args, from_contract)
     low, high = args.guidance_min, args.guidance_max
     dataset = load_dataset_from_args(args)
-    run = open_run(args)
+    watch = preflight(args, dataset, guidance_scale, embedded=embedded, target=not args.lora_rank)
+    run = open_run(args, watch)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

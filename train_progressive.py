@@ -45,6 +45,7 @@ from common.lora import add_lora, student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import latent_shape, load_frozen, load_unet, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
@@ -315,7 +316,8 @@ def main(args):
     students = student_steps(args.start_steps, args.num_inference_steps, args.stages)
     lengths = stage_lengths(args, len(students))
     dataset = load_dataset_from_args(args)
-    run = open_run(args, staged=True)
+    watch = preflight(args, dataset, guidance_scale, own_teacher=len(students) > 1)
+    run = open_run(args, watch, staged=True)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype; from the first student on guidance is inside the weights

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     "validation_steps",
     "num_validation_images",
     "report_to",
+    "dry_run",
     "export",
     "gradient_checkpointing",
     "torch_compile",
