@@ -6,6 +6,7 @@ forward is run too), the temporary tensors beside it, the gradients. So it holds
 """
 
 import contextlib
+import os
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# What a process on the CPU takes beside its tensors once models load: libraries that are imported only then, oneDNN's
-# kernels, reordered weights and images of a convolution, and heap that malloc keeps. Measured: see docs/memory.md.
-CPU_FIXED = 0.0
-CPU_SHARE = 0.0
+# On the CPU glibc's malloc takes tensors below 32 MB (its largest M_MMAP_THRESHOLD) out of one heap, which keeps the
+# gaps between those that live long, and gives nothing back: beside what they hold at the peak so much of it again.
+# Measured on three scripts, see docs/memory.md; told by the environment to map smaller ones, it keeps next to nothing.
+HEAP_SHARE, HEAP_LIMIT = 0.7, 2**25
+# Code of libraries that is read in as the first step runs, and what they keep: measured likewise.
+LIBRARIES = 40e6
+
 
 # Beforehand
 
@@ -104,13 +108,13 @@ def is_floating(x):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made within it that are still held: `now`, and `peak`, the most there were.
 
-    `gradients`: of the peak, those of the parameters given.
+    Of the peak: `gradients` of the parameters given, and `small`, tensors below HEAP_LIMIT.
     """
 
     def __init__(self, parameters=()):
         super().__init__()
-        self.now = self.peak = self.gradients = 0
-        self._storages, self._gradients = weakref.WeakValueDictionary(), 0
+        self.now = self.peak = self.gradients = self.small = 0
+        self._storages, self._gradients, self._small = weakref.WeakValueDictionary(), 0, 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in parameters]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -126,11 +130,13 @@ class LiveBytes(TorchDispatchMode):
         self._storages[storage._cdata] = storage
         weakref.finalize(storage, self._free, size)
         self.now += size
+        self._small += size * (size < HEAP_LIMIT)
         if self.now > self.peak:
-            self.peak, self.gradients = self.now, self._gradients
+            self.peak, self.gradients, self.small = self.now, self._gradients, self._small
 
     def _free(self, size):
         self.now -= size
+        self._small -= size * (size < HEAP_LIMIT)
 
     def _accumulated(self, parameter):
         self._gradients += parameter.grad.nbytes
@@ -180,7 +186,7 @@ def estimate(args, live, without_gradients, frozen, trained, heads, target, kind
     moments = (2 * trained if not args.use_8bit_adam else trained // 2) + 2 * heads
     # Gradients of earlier micro-batches, and DDP's buckets, are there all the time; else a part of them at the peak.
     stay = args.gradient_accumulation_steps > 1 or processes > 1
-    activations = live.peak - live.gradients
+    heap = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else HEAP_SHARE * live.small
     return Estimate(
         {
             "frozen weights": frozen,
@@ -189,8 +195,8 @@ def estimate(args, live, without_gradients, frozen, trained, heads, target, kind
             "target network": trained if target else 0,
             "optimizer states": moments,
             "gradients": trained + heads if stay else live.gradients,
-            "activations": activations,
-            "beside tensors": round(CPU_FIXED + CPU_SHARE * activations) if kind == "cpu" else 0,
+            "activations": live.peak - live.gradients,
+            "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
         },
         without_gradients,
     )
