@@ -391,8 +391,7 @@ def main(args):
 
     manifest = make_manifest(args, run, parent, models, planned, pipeline)
     notes = card_notes(args, run, planned, pipeline)
-    changed = [*planned, *["unet"] * bool(args.finetune_steps)]
-    parts = {component: getattr(pipeline, component) for component in changed}
+    parts = {c: getattr(pipeline, c) for c in [*planned, *["unet"] * bool(args.finetune_steps)]}
     save_student(run, parts, pipeline.scheduler, contract, "Pruned pipeline", notes, manifest=manifest)
     skip = layers_left(args, pipeline, captions, contract)
     export(run, backend=args.int8_backend, skip=skip, activations=args.fp8_activations)
