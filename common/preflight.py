@@ -55,30 +55,25 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
     ]
     if getattr(args, "lora_rank", None):
         rows.append(("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, on {' '.join(args.lora_targets)}"))
-    expected, trained, needs_images = None, None, getattr(dataset, "needs_images", False)
-    guided = 1 if guidance_scale in (None, 1) else 2
+    expected, trained = None, None
+    asked = processes, 1 if guidance_scale in (None, 1) else 2, getattr(dataset, "needs_images", False)
     try:
         networks = make_networks(args, DTYPES[precision], **method)
         rows += weights(networks)
         trained = networks.trained
         if trained is not None:
-            expected = memory_of(args, networks, kind, DTYPES[precision], processes, guided, needs_images)
-            rows += [
-                ("peak memory", f"{in_words(expected.total)} on {kind}, a process (estimated)"),
-                *expected.shown(),
-            ]
-        if trained is not None and kind == "cpu":
-            dtype = DTYPES[precision] if precision != "no" else torch.bfloat16
-            there = make_networks(args, dtype, **method)
-            there = memory_of(args, there, "cuda", dtype, processes, guided, needs_images)
+            expected = memory_of(args, networks, kind, DTYPES[precision], *asked)
+            rows += [("peak memory", f"{in_words(expected.total)} on {kind}, each process (estimated)")]
+            rows += expected.shown()
+        if trained is not None and args.dry_run and kind == "cpu":
+            half = torch.bfloat16
+            there = memory_of(args, make_networks(args, half, **method), "cuda", half, *asked)
             rows.append(
                 ("on a GPU", f"{in_words(there.total)} with --mixed_precision bf16, and what CUDA itself takes")
             )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a model does that nobody tried on the meta device: the run may go all the same
+    except Exception as error:  # whatever a model that nobody tried does on the meta device: the run may go on
         rows.append(
             ("peak memory", f"not known, as this model can't be tried without its weights: {first_line(error)}")
         )
@@ -103,13 +98,16 @@ def weights(networks):
     """Rows on the parameters of every network, trained or frozen, with their dtype."""
     rows = []
     for name, module in [*networks.held().items(), ("discriminator", networks.heads)]:
-        for trained in (True, False):
-            parameters = [p for p in module.parameters() if p.requires_grad is trained] if module else []
+        parts = {True: [], False: []}
+        for parameter in module.parameters() if module else ():
+            parts[parameter.requires_grad].append(parameter)
+        for trained, parameters in parts.items():
             if parameters:
+                what = f"adapters of the {name}" if trained and parts[False] else name
                 dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-                count = sum(p.numel() for p in parameters)
-                rows.append(("trained" if trained else "frozen", f"{name}, {count:,} parameters, {dtypes}"))
-    return sorted(rows, reverse=True)
+                said = f"{what}, {sum(p.numel() for p in parameters):,} parameters, {dtypes}"
+                rows.append(("trained" if trained else "frozen", said))
+    return sorted(rows, key=lambda row: row[0], reverse=True)
 
 
 def written(args, subfolder, trained):

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import vgg16
 from transformers import AutoConfig, Dinov2Model
 
 from common.compression.distillation import Student, build_projections, kd_loss
@@ -21,6 +22,7 @@ from common.compression.students import empty_unet, feature_pairs, student_confi
 from common.conditioning import Conditioning, decode_latents, encode_images, predict, predict_guided
 from common.discriminators import Heads, UNetFeatures, judge
 from common.hooks import FeatureTap
+from common.judging.metrics import LPIPS_CROP
 from common.lora import add_lora, without_adapters
 from common.memory import AsOnDevice, LiveBytes, bytes_of, estimate
 from common.text_encoders import TextStates, with_student
@@ -45,8 +47,8 @@ class Networks:
     dtype: torch.dtype = torch.float32  # of the conditioning that the pipeline makes
 
     def held(self):
-        """{name: module}, of what is trained as "student", each of them once."""
-        named = {"student": self.trained, "teacher": self.teacher, **self.more, **self.pipeline}
+        """{name: module}, each of them once."""
+        named = {**self.pipeline, **self.more, "teacher": self.teacher, "student": self.trained}
         found = {}
         for name, module in named.items():
             if module is not None and all(module is not known for known in found.values()):
@@ -89,7 +91,8 @@ def make_networks(
             wide = name == "vae" and "text_encoder_2" in models and dtype == torch.float16  # see keep_vae_right
             to(model, torch.float32 if wide else dtype)
     if cached:
-        found.pipeline = {name: model for name, model in models.items() if name in ("unet", "transformer")}
+        kept = ("unet", "transformer", decodes(args))
+        found.pipeline = {name: model for name, model in models.items() if name in kept}
     if trains == "unet":
         found.teacher = models["unet"]
         if getattr(args, "lora_rank", None):
@@ -111,6 +114,9 @@ def make_networks(
         read = read_manifest(student)["feature_pairs"] if student else None
         found.pairs = read or feature_pairs(found.trained, found.teacher, None, 0)
         found.trained = with_projections(found)
+    if getattr(args, "loss", None) == "lpips":
+        with torch.device("meta"):
+            found.more["VGG-16"] = vgg16(weights=None).features.eval().requires_grad_(False)
     if getattr(args, "discriminator", None):
         add_discriminator(found, args, dtype)
     return found
@@ -118,6 +124,12 @@ def make_networks(
 
 def empty_models_of(args):
     return empty_models(args.pretrained_model_name_or_path, args.revision)
+
+
+def decodes(args):
+    """ "vae" where a step decodes latents, else None."""
+    judged = getattr(args, "loss", None) == "lpips" or getattr(args, "discriminator", None) == "dinov2"
+    return "vae" if judged else None
 
 
 def to(module, dtype):
@@ -195,29 +207,35 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
         else:
             unet = student.unet if isinstance(student, Student) else student
             unet.enable_gradient_checkpointing(partial(checkpoint, **again))
-    with torch.device("meta"), LiveBytes(parameters) as live, mode:
+    with LiveBytes(parameters) as live, mode:
         step = text_step if isinstance(student, TextStates) else unet_step
         without_gradients = step(args, networks, mode, live, rows, needs_images)
     frozen = sum(bytes_of(module) for module in networks.held().values()) - bytes_of(student, trained=True)
+    if kind == "cuda" and getattr(args, "teacher_cpu_offload", False):
+        frozen -= bytes_of(networks.teacher)
     heads = 0 if networks.heads is None else bytes_of(networks.heads)
     return estimate(
         args, live, without_gradients, frozen, bytes_of(student, True), heads, networks.target, kind, processes
     )
 
 
+def blank(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
 def noisy(networks, count):
     """(latents (count, C, H, W) fp32, timesteps (count,))."""
-    return torch.zeros(count, *networks.latent_shape), torch.zeros(count, dtype=torch.long)
+    return blank(count, *networks.latent_shape), blank(count, dtype=torch.long)
 
 
 def conditioning_of(unet, count, tokens):
     """The Conditioning of so many captions, in the UNet's dtype."""
-    config, like = unet.config, {"dtype": unet.conv_in.weight.dtype, "device": "meta"}
-    embeds = torch.zeros(count, tokens, config.encoder_hid_dim or config.cross_attention_dim, **like)
+    config, dtype = unet.config, unet.conv_in.weight.dtype
+    embeds = blank(count, tokens, config.encoder_hid_dim or config.cross_attention_dim, dtype=dtype)
     if config.addition_embed_type != "text_time":
         return Conditioning(embeds)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return Conditioning(embeds, torch.zeros(count, pooled, **like), torch.zeros(count, 6, **like))
+    return Conditioning(embeds, blank(count, pooled, dtype=dtype), blank(count, 6, dtype=dtype))
 
 
 @torch.no_grad()
@@ -226,10 +244,10 @@ def encode(args, networks, needs_images):
     pipeline, count = networks.pipeline, args.train_batch_size
     for name in ("text_encoder", "text_encoder_2"):
         if name in pipeline:
-            pipeline[name](torch.zeros(count, networks.tokens, dtype=torch.long), output_hidden_states=True)
+            pipeline[name](blank(count, networks.tokens, dtype=torch.long), output_hidden_states=True)
     z, timesteps = noisy(networks, count)
     if needs_images and "vae" in pipeline:
-        z = encode_images(pipeline["vae"], torch.zeros(count, 3, args.resolution, args.resolution))
+        z = encode_images(pipeline["vae"], blank(count, 3, args.resolution, args.resolution))
     return z, timesteps, conditioning_of(networks.teacher, count, networks.tokens)
 
 
@@ -240,7 +258,7 @@ def unet_step(args, networks, mode, live, rows, needs_images):
     teacher_tap = FeatureTap(teacher, [name for _, name in pairs])
     z, timesteps, conditioning = encode(args, networks, needs_images)
     time_cond = plain.config.time_cond_proj_dim
-    time_cond = torch.zeros(len(z), time_cond) if time_cond else None
+    time_cond = blank(len(z), time_cond) if time_cond else None
     own = conditioning.to(networks.dtype)
 
     def teach():
@@ -267,12 +285,23 @@ def unet_step(args, networks, mode, live, rows, needs_images):
         return without_gradients
     if isinstance(student, Student):
         compared = zip(student.features(tap, [name for name, _ in pairs]), teacher_tap.features.values())
-        loss, _ = kd_loss(output, target, z, list(compared), torch.ones(len(z)), 1.0, 1.0, 1.0)
+        loss, _ = kd_loss(output, target, z, list(compared), blank(len(z)), 1.0, 1.0, 1.0)
     else:
         loss = (output - target).square().mean()
+    if "VGG-16" in networks.more:
+        loss = loss + lpips_like(networks, output, target)
     torch.autograd.backward(loss)
     tap.close(), teacher_tap.close()
     return without_gradients
+
+
+def lpips_like(networks, output, target):
+    """What metrics.decoded_lpips computes, on crops of latents."""
+    crops = [x[..., :LPIPS_CROP, :LPIPS_CROP] for x in (output, target)]
+    with torch.no_grad():
+        other = decode_latents(networks.pipeline["vae"], crops[1])
+    features = [networks.more["VGG-16"](x) for x in (decode_latents(networks.pipeline["vae"], crops[0]), other)]
+    return (features[0] - features[1]).square().mean()
 
 
 def look(args, networks, mode, x, timesteps, conditioning):
@@ -290,7 +319,7 @@ def look(args, networks, mode, x, timesteps, conditioning):
 
 def adversarial_step(args, networks, mode, latents, output, target, timesteps, conditioning):
     """Both backwards of train_add.py, of the student and of the heads."""
-    condition = torch.zeros(len(latents), networks.heads.heads[0].project.in_features)
+    condition = blank(len(latents), networks.heads.heads[0].project.in_features)
 
     def heads(features, condition):
         return [head(x, condition) for head, x in zip(networks.heads.heads, features)]
@@ -309,7 +338,7 @@ def adversarial_step(args, networks, mode, latents, output, target, timesteps, c
 def text_step(args, networks, mode, live, rows, needs_images):
     """The step of train_text_encoder_kd.py; returns the peak of what it does without gradients."""
     unet, count = networks.pipeline.get("unet"), args.train_batch_size
-    ids = torch.zeros(count, networks.tokens, dtype=torch.long)
+    ids = blank(count, networks.tokens, dtype=torch.long)
     with torch.no_grad(), mode.autocasting():
         hidden, pooled = networks.teacher(ids)
         if args.through_unet:

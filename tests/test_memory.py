@@ -153,5 +153,5 @@ def test_the_estimate_is_within_15_percent_of_the_peak(middling, tmp_path, name)
         r"Peak memory (\S+ .B), estimated (\S+ .B) \((.\d+) %\), resident", said
     ).groups()
     assert expected in said[: said.index("steps:")]  # as the table had it
-    print(peak, expected, percent)
+    print(f"{name}: {peak}, estimated {expected}, {percent} %")
     assert peak.endswith("B") and abs(int(percent)) <= 15, said[-2000:]
