@@ -65,6 +65,7 @@ from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import default_guidance, load_pipeline, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.settle import settle
@@ -278,7 +279,8 @@ def main(args):
     if args.data_dir or args.dataset_name:
         dataset = load_dataset_from_args(args, needs_images=bool(args.finetune_steps))
     captions = calibration_captions(args, dataset)
-    run = open_run(args, staged=True)
+    watch = preflight(args, dataset, trains="pruned" if args.finetune_steps else None)
+    run = open_run(args, watch, staged=True)
     accelerator = run.accelerator
 
     # 1 frozen models: what is pruned, in fp32, and what it learns from, in the compute dtype
@@ -379,8 +381,7 @@ def main(args):
 
     manifest = make_manifest(args, run, parent, models, planned, pipeline)
     notes = card_notes(args, run, planned, pipeline)
-    changed = [*planned, *["unet"] * bool(args.finetune_steps)]
-    parts = {component: getattr(pipeline, component) for component in changed}
+    parts = {c: getattr(pipeline, c) for c in [*planned, *["unet"] * bool(args.finetune_steps)]}
     save_student(run, parts, pipeline.scheduler, contract, "Pruned pipeline", notes, manifest=manifest)
     skip = layers_left(args, pipeline, captions, contract)
     export(run, backend=args.int8_backend, skip=skip, activations=args.fp8_activations)

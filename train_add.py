@@ -38,12 +38,13 @@ from common.discriminators import Dinov2Features, judge, make_heads, make_sight,
 from common.ema import EMA
 from common.errors import UsageError
 from common.frozen import load_frozen
-from common.judging.previews import image_diversity, log_images, sample_images
+from common.judging.previews import preview_counts
 from common.loader import build_dataloader
 from common.lora import student_unet, trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import check_compatible, check_same_inputs, load_pipeline, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import shorter_schedules, student_scheduler, student_timesteps
@@ -309,24 +310,6 @@ def teach(args, guided, schedule, conditioning, z, timesteps, x_student, distill
     return x_teacher, schedule.alpha(distill_timesteps).flatten()
 
 
-def show(run, pipeline, scheduler, step_counts):
-    """samples/step-N.png at every step count that the student takes, and how much the images of a prompt differ."""
-    args, rows, labels = run.args, [], []
-    if run.accelerator.is_main_process:
-        for steps in step_counts:
-            count = args.num_validation_images
-            with run.accelerator.autocast():
-                made = sample_images(
-                    pipeline, args.validation_prompts, scheduler, steps, 1.0, args.resolution, args.seed, count
-                )
-            diversity = image_diversity(made)
-            if diversity is not None:
-                run.accelerator.log({f"diversity_{steps}_steps": diversity}, step=run.step)
-            rows, labels = rows + made, labels + [f"{steps}: {prompt}" for prompt in args.validation_prompts]
-        log_images(run.accelerator, run.folder, rows, labels, run.step)
-    run.accelerator.wait_for_everyone()
-
-
 def main(args):
     check_arguments(args)
     settle(args)
@@ -335,7 +318,8 @@ def main(args):
     check_models(args)
     check_rollouts(args, from_contract, **{name: getattr(args, name, "x0") for name in ROLLED_OUT_BY})
     dataset = load_dataset_from_args(args)
-    run = open_run(args)
+    watch = preflight(args, dataset, guidance_scale, own_teacher=True, student=args.student_model)
+    run = open_run(args, watch)
     accelerator, start, updates = run.accelerator, args.discriminator_start_step, args.discriminator_updates
     if start >= args.max_train_steps:
         accelerator.print(f"--discriminator_start_step {start}: the student learns from the teacher alone.")
@@ -444,7 +428,7 @@ def main(args):
         run.count(("distillation", "d_real", "d_fake", "skipped"), **rates)
         if run.validates():
             with ema.applied(parameters):
-                show(run, pipeline, scheduler, step_counts)
+                preview_counts(run, pipeline, scheduler, step_counts)
         run.save()
 
     notes = {"method": f"ADD, {args.discriminator} discriminator, teacher guided at {guidance_scale:g}"}

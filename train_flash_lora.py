@@ -38,6 +38,7 @@ from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps
@@ -138,7 +139,8 @@ def main(args):
     guidance_scale = from_contract["guidance_scale"]
     check_rollouts(args, from_contract, **{name: getattr(args, name) for name in ROLLED_OUT_BY})
     dataset = load_dataset_from_args(args, needs_images=not args.rollout_cache)
-    run = open_run(args, subfolder="lora")
+    watch = preflight(args, dataset, guidance_scale, subfolder="lora")
+    run = open_run(args, watch, subfolder="lora")
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

@@ -35,6 +35,7 @@ from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler
@@ -125,7 +126,8 @@ def main(args):
     guidance_scale, embedded = from_contract["guidance_scale"], args.guidance == "embed"
     check_scale(args, guidance_scale)
     dataset = load_dataset_from_args(args)
-    run = open_run(args)
+    watch = preflight(args, dataset, guidance_scale, embedded=embedded)
+    run = open_run(args, watch)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

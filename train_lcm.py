@@ -46,6 +46,7 @@ from common.lora import student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import student_scheduler, student_timesteps
@@ -166,7 +167,8 @@ def main(args):
     one_step = {"target": "next", "num_inference_steps": args.num_ddim_steps, "timestep_probs": None}
     check_rollouts(args, from_contract, **one_step)
     dataset = load_dataset_from_args(args, needs_images=not args.rollout_cache)
-    run = open_run(args)
+    watch = preflight(args, dataset, guidance_scale, embedded=embedded, target=not args.lora_rank)
+    run = open_run(args, watch)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

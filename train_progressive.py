@@ -51,6 +51,7 @@ from common.lora import add_lora, student_unet, trainable, without_adapters
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import latent_shape, load_unet, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
@@ -335,7 +336,8 @@ def main(args):
     check_rollouts(args, from_contract, **halving(args, students))
     if args.rollout_cache:  # of the first stage, whose teacher is the one that was there before
         first = load_dataset_from_args(args, needs_images=False)
-    run = open_run(args, staged=True)
+    watch = preflight(args, dataset, guidance_scale, own_teacher=len(students) > 1)
+    run = open_run(args, watch, staged=True)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype; from the first student on guidance is inside the weights

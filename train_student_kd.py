@@ -49,6 +49,7 @@ from common.pipelines import (
     same_weights,
     set_up,
 )
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler, student_timesteps
@@ -316,7 +317,9 @@ def main(args):
     ramps = {"--kd_alpha_end": args.kd_alpha_start != args.kd_alpha_end}
     ramps["--caption_dropout_end"] = args.caption_dropout_start != args.caption_dropout_end
     ramps["--chain_schedule"] = len(args.chain_schedule or []) > 1
-    run = open_run(args, follows_length=[flag for flag, changes in ramps.items() if changes])
+    variant = None if args.student_model else "sd_small"
+    watch = preflight(args, dataset, student=args.student_model, variant=variant)
+    run = open_run(args, watch, follows_length=[flag for flag, changes in ramps.items() if changes])
     accelerator = run.accelerator
     manifest = find_student(args, run)
 

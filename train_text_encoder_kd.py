@@ -40,6 +40,7 @@ from common.lora import trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import latent_shape, load_unet, load_whole, set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler
@@ -254,7 +255,8 @@ def main(args):
     from_contract = read_teacher(args, guidance=("cfg", "baked", "embedded"), few_steps=True)
     check_student(args, from_contract["guidance"])
     dataset = load_dataset_from_args(args, needs_images=False)
-    run = open_run(args)
+    watch = preflight(args, dataset, trains="text_encoder")
+    run = open_run(args, watch)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

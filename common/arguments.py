@@ -259,6 +259,7 @@ def add_validation_arguments(parser):
     add("--validation_steps", type=positive_int, default=100, help="sample every so many steps")
     add("--num_validation_images", type=positive_int, default=4, help="images per prompt")
     add_logging_arguments(add)
+    add("--dry_run", action="store_true", help="only say what would be done, and what memory it takes: nothing loads")
     return group
 
 

@@ -25,7 +25,7 @@ def check_hub(args):
         if args.hub_model_id is None or "/" not in args.hub_model_id:
             name = args.hub_model_id or args.run_name or name_of(args.output_dir)
             args.hub_model_id = f"{api.whoami()['name']}/{name}"
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and not getattr(args, "dry_run", False):
             api.create_repo(args.hub_model_id, exist_ok=True)
     except Exception as error:  # the hub's answer, or whatever its client raises where there is none
         where = args.hub_model_id or ""

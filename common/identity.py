@@ -33,6 +33,7 @@ FREE_ON_RESUME = {
     "profile_steps",
     "cache_dir",
     "offload_ema",
+    "dry_run",
     "export",
     "gradient_checkpointing",
     "torch_compile",

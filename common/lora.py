@@ -14,7 +14,7 @@ from peft.tuners.lora import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
-from common.compression.quantization import quantize_weights
+from common.compression.quantization import layers_of, quantize_weights
 from common.contract import file_metadata
 from common.errors import UsageError, first_line
 from common.pipelines import load_unet, with_guidance_input
@@ -90,15 +90,24 @@ def student_unet(args, pipeline, embedded=False):
     """
     teacher = pipeline.unet
     if args.lora_rank:
-        if args.quantize_frozen:  # but for adapted convolutions, for which peft has adapters of unquantized ones alone
-            ends = tuple(f".{target}" for target in args.lora_targets)
-            convolutions = [name for name, layer in teacher.named_modules() if isinstance(layer, torch.nn.Conv2d)]
-            quantize_weights(teacher, skip=[name for name in convolutions if f".{name}".endswith(ends)])
+        if args.quantize_frozen:
+            quantize_weights(teacher, layers_to_quantize(teacher, args))
         add_lora(teacher, args)
         return teacher
     unet = with_guidance_input(load_unet(args)) if embedded else load_unet(args)
     pipeline.unet = unet.to(teacher.device).requires_grad_(True)
     return unet
+
+
+def layers_to_quantize(unet, args):
+    """Names of a UNet's layers that --quantize_frozen rounds: all but adapted convolutions, as peft wants them."""
+    ends = tuple(f".{target}" for target in args.lora_targets)
+    layers = dict(unet.named_modules())
+    return [
+        name
+        for name in layers_of(unet)
+        if not (isinstance(layers[name], torch.nn.Conv2d) and f".{name}".endswith(ends))
+    ]
 
 
 @contextlib.contextmanager

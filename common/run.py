@@ -41,12 +41,13 @@ STOPPED = 75  # exit status of a run that a signal ended and that can be resumed
 # Opening
 
 
-def open_run(args, subfolder=None, follows_length=(), staged=False):
+def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
     """The Run of these arguments: processes joined, folder made, checkpoint found, the same on every process.
 
-    subfolder: of the run's folder, where the script writes into one. follows_length: flags beside --lr_scheduler whose
-    effect follows the length of the run, named in a warning where a resumed run has another one. staged: the learning
-    rate follows the length of a stage instead. Raises UsageError and CheckpointError, on every process alike.
+    watch: of its memory, by `preflight`. subfolder: of the run's folder, where the script writes into one.
+    follows_length: flags beside --lr_scheduler whose effect follows the length of the run, named in a warning where a
+    resumed run has another one. staged: the learning rate follows the length of a stage instead. Raises UsageError and
+    CheckpointError, on every process alike.
     """
     folder = Path(args.output_dir) / (args.run_name or "") / (subfolder or "")
     timeout = timedelta(seconds=args.ddp_timeout)
@@ -95,7 +96,7 @@ def open_run(args, subfolder=None, follows_length=(), staged=False):
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
     phases = Phases(accelerator.device)
-    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state, phases)
+    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state, phases, watch)
 
 
 def open_accelerator(args, kwargs_handlers=(), **options):
@@ -192,6 +193,7 @@ class Run:
     step: int  # optimizer steps done
     state: dict
     phases: Phases
+    watch: object = None  # common/memory.py's Watch: what memory it was expected to take, and takes
     trained: dict = field(default_factory=dict)  # name to {name: parameter}
     averages: dict = field(default_factory=dict)  # name to EMA
     norms: dict = field(default_factory=dict)  # name to the last gradient norm; see common/optimization.py
@@ -291,6 +293,8 @@ class Run:
         """
         self.step += 1
         self.phases.mark(None)
+        if self.watch:
+            self.watch.note()
         self.bar.update()
         if self.profile and (written := self.profile.after(self.step)):
             self.accelerator.print(f"Profile: {written}")
@@ -389,6 +393,8 @@ class Run:
         """
         self.bar.close()
         self.accelerator.print(*[f"Done: {self.folder / 'final'}"] * done, *said)
+        if self.watch and (measured := self.watch.said()):
+            self.accelerator.print(measured)
         if done and self.args.push_to_hub:
             where = on_main_process(self.accelerator, lambda: upload(self.folder / "final", self.args.hub_model_id))
             self.accelerator.print(f"Uploaded: {where}")

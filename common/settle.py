@@ -104,7 +104,9 @@ def compute_dtype_of(args):
 
 
 def check_hardware(args):
-    """UsageError where a flag needs a CUDA GPU and there is none."""
+    """UsageError where a flag needs a CUDA GPU and there is none, but for --dry_run, which says what it would take."""
+    if getattr(args, "dry_run", False):
+        return
     # What `accelerate launch` was told reaches a script through the environment.
     cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if getattr(args, "use_8bit_adam", False) and not cuda:

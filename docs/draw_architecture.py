@@ -34,7 +34,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         3.2,
         1.73,
         {
-            "a run": "settle  run  outputs\nsampling  particles\nsingle_file",
+            "a run": "settle  preflight  trial\nrun  outputs  sampling\nparticles  single_file",
             "a small teacher": "teacher_data\nteacher_objectives\npart_training",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning\nlora_conversion\n"
@@ -61,7 +61,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.5,
         {
             "data": "shapes  texts  images\nclass_files  data_formats\ndata",
-            "mathematics": "diffusion  optimization\nema  randomness  volumes",
+            "mathematics": "diffusion  optimization\nema  randomness\nvolumes  memory",
             "flags, mistakes": "arguments\nerrors",
         },
     ),

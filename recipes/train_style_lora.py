@@ -34,6 +34,7 @@ from common.lora import student_unet, trainable
 from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import set_up
+from common.preflight import preflight
 from common.randomness import sample_generator
 from common.run import open_run, run_script
 from common.schedulers import ddim_scheduler
@@ -92,7 +93,8 @@ def main(args):
     settle(args)
     saved = read_teacher(args, guidance=("cfg",))
     dataset = load_dataset_from_args(args)
-    run = open_run(args)
+    watch = preflight(args, dataset)
+    run = open_run(args, watch)
     accelerator = run.accelerator
 
     # 1 frozen models, in the compute dtype

@@ -26,6 +26,15 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="many rounds of what is tried at random moments")
 
 
+@pytest.fixture(autouse=True)
+def no_estimate(request, monkeypatch):
+    """Runs within the tests' own process don't estimate their memory, which takes longer than they do."""
+    import common.preflight
+
+    if request.node.path.name != "test_memory.py":
+        monkeypatch.setattr(common.preflight, "describe", lambda *_: ([], None, None))
+
+
 @pytest.fixture(scope="session")
 def rounds(request):
     """How often a fault at a random moment is tried."""

@@ -413,6 +413,40 @@ def test_what_training_took_is_recorded_and_read_back(pipelines, tmp_path, name)
         assert open_output(final).unet is not None
 
 
+# Before it runs
+
+
+@every_script
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_dry_run_says_what_would_be_done_and_leaves_no_trace(pipelines, tmp_path, monkeypatch, capsys, name, kind):
+    """From config files alone: no weights load, nothing is written."""
+
+    def loaded(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    for file in ("safetensors.torch.load_file", "torch.load", "common.pipelines.load_whole", "common.run.open_run"):
+        monkeypatch.setattr(file, loaded)
+    module, arguments = importlib.import_module(name), flags(pipelines, name, tmp_path / "out", "--dry_run", kind=kind)
+    with pytest.raises(SystemExit) as ended:
+        run_in_process(module, *arguments)
+    assert ended.value.code == 0 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    rows = [
+        "model",
+        "global batch",
+        "optimizer steps",
+        "learning rate",
+        "precision",
+        "trained",
+        "frozen",
+        "peak memory",
+    ]
+    rows += ["  frozen weights", "  trained weights", "  optimizer states", "  activations", "on a GPU", "writes"]
+    for row in rows:
+        assert f"\n  {row}" in said, said
+    assert "4 = 4 x 1 processes x 1 accumulated" in said and f"{inside(name, tmp_path / 'out')}/" in said
+
+
 # Mistakes
 
 MISTAKES = [
@@ -547,9 +581,12 @@ def test_a_script_is_short_and_reads_in_the_order_of_the_house(name):
     (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     assert main.end_lineno - main.lineno + 1 <= 130 and text.count("\n") <= 450
     body = text[text.index("def main(args):") :]
-    order = """check_arguments(args)|settle(args|read_teacher(args|load_dataset_from_args(args|open_run(args
-        |# 1 frozen|# 2 trained|# 3 optimizer|run.register(|while run.step|set_learning_rate(
+    order = """check_arguments(args)|settle(args|read_teacher(args|load_dataset_from_args(args|preflight(args
+        |open_run(args|# 1 frozen|# 2 trained|# 3 optimizer|run.register(|while run.step|set_learning_rate(
         |accelerator.accumulate(|run.count(|save_student|export(run|run.end("""
     order = [words.strip() for words in order.split("|")]
     assert not [words for words in order if words not in body]
+    assert (
+        body.index("load_dataset_from_args(args") < body.index("preflight(args") < body.index("open_run(args, watch")
+    )
     assert not re.search(r"fmt: (skip|off)", text)

@@ -124,9 +124,9 @@ def quantize_model(module, skip=(), dtype=DTYPE, kind="int8", activations=False)
 
 
 @torch.no_grad()
-def quantize_weights(module, skip=()):
-    """INT8 weights where a model is only computed with, in place: of layers_of(module, skip), the rest as it is."""
-    names = set(layers_of(module, skip))
+def quantize_weights(module, names):
+    """INT8 weights of the layers of these names, where a model is only computed with: in place, the rest as it is."""
+    names = set(names)
     quantize_(module, INT8, filter_fn=lambda layer, name: name in names)
     module.requires_grad_(False)
 

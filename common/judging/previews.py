@@ -64,6 +64,24 @@ def preview(run, pipeline, scheduler, contract):
     run.accelerator.wait_for_everyone()
 
 
+def preview_counts(run, pipeline, scheduler, step_counts):
+    """samples/step-N.png at every step count that the student takes, and how much the images of a prompt differ."""
+    args, rows, labels = run.args, [], []
+    if run.accelerator.is_main_process:
+        for steps in step_counts:
+            count = args.num_validation_images
+            with run.accelerator.autocast():
+                made = sample_images(
+                    pipeline, args.validation_prompts, scheduler, steps, 1.0, args.resolution, args.seed, count
+                )
+            diversity = image_diversity(made)
+            if diversity is not None:
+                run.accelerator.log({f"diversity_{steps}_steps": diversity}, step=run.step)
+            rows, labels = rows + made, labels + [f"{steps}: {prompt}" for prompt in args.validation_prompts]
+        log_images(run.accelerator, run.folder, rows, labels, run.step)
+    run.accelerator.wait_for_everyone()
+
+
 def image_grid(rows, row_labels=None, column_labels=None, min_side=96):
     """One labelled PIL picture of rows of PIL images; small images are enlarged by a whole factor to be seen."""
     side = max(image.width for row in rows for image in row)

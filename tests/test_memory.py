@@ -1,0 +1,157 @@
+"""What a run will take, found out before anything loads: at full size on the meta device, and against what it took."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, random_pipeline
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from launching import fork_and_wait
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import common.trial
+from common.memory import LiveBytes, bytes_of
+from common.trial import make_networks, memory_of
+
+GIB = 2**30
+
+
+def arguments(**more):
+    """Those that decide what memory a step takes, of a LoRA unless said otherwise."""
+    lora = {"lora_rank": 4, "lora_alpha": 32.0, "lora_targets": ["to_q", "to_k", "to_v", "to_out.0"]}
+    plain = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    return SimpleNamespace(**{**lora, **plain, "resolution": 512, "use_8bit_adam": False, **more})
+
+
+def vae():
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+    )
+
+
+@pytest.fixture
+def sd15(monkeypatch):
+    """The parts of SD1.5, without memory for their weights."""
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+
+    def models(args):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+            return {"unet": unet, "text_encoder": CLIPTextModel(text), "vae": vae()}
+
+    monkeypatch.setattr(common.trial, "empty_models_of", models)
+
+
+@pytest.fixture
+def sdxl(monkeypatch):
+    """The parts of SDXL, without memory for their weights."""
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    text_2 = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+
+    def models(args):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(
+                sample_size=128,
+                cross_attention_dim=2048,
+                block_out_channels=(320, 640, 1280),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=[1, 2, 10],
+                attention_head_dim=[5, 10, 20],
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            )
+            encoders = {"text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text_2)}
+            return {"unet": unet, **encoders, "vae": vae()}
+
+    monkeypatch.setattr(common.trial, "empty_models_of", models)
+
+
+def test_a_step_holds_what_autograd_keeps_and_its_peak_is_in_the_backward():
+    """Two layers of 8 x 8, whose relu keeps its output: counted by hand, in fp32."""
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        x = torch.zeros(16, 8)
+        with LiveBytes(network.parameters()) as live:
+            loss = network(x).sum()
+            assert live.now == 4 * (16 * 8 + 1)  # what the relu said, and the sum; not x, nor weights
+            torch.autograd.backward(loss)
+        del loss
+    assert live.now == bytes_of(network) and live.gradients < live.now < live.peak
+
+
+def test_sd15_flash_lora_fits_8_gb(sd15):
+    networks = make_networks(arguments(), torch.bfloat16)
+    found = memory_of(arguments(), networks, "cuda", torch.bfloat16)
+    assert sum(p.numel() for p in networks.trained.parameters() if p.requires_grad) == 797_184
+    assert 2e9 < found.rows["frozen weights"] < 2.2e9
+    assert found.rows["optimizer states"] == 2 * found.rows["trained weights"] == 2 * 4 * 797_184
+    assert 2.5e9 < found.total < 8e9
+
+
+def test_gradient_checkpointing_and_a_smaller_batch_take_less(sd15):
+    def total(**more):
+        args = arguments(**more)
+        return memory_of(args, make_networks(args, torch.float32), "cpu", torch.float32).rows["activations"]
+
+    one, two = total(resolution=256), total(resolution=256, train_batch_size=2)
+    assert one < two < 2.05 * one
+    assert total(resolution=256, gradient_checkpointing=True) < one / 2
+
+
+def test_what_a_full_sdxl_needs(sdxl):
+    """Student, average and target in fp32, two moments of Adam and the frozen teacher in half precision: 52.6 GiB."""
+    args = arguments(lora_rank=None, resolution=1024, gradient_checkpointing=True, gradient_accumulation_steps=2)
+    networks = make_networks(args, torch.bfloat16, target=True)
+    rows = memory_of(args, networks, "cuda", torch.bfloat16).rows
+    teacher = bytes_of(networks.teacher)
+    held = sum(rows[name] for name in ("trained weights", "their average", "target network", "optimizer states"))
+    assert abs((held + teacher) / GIB - 52.6) < 0.05
+    assert rows["gradients"] == rows["trained weights"] == 2 * teacher  # and 71.8 GiB with DDP's copy of them
+    assert abs((held + teacher + 2 * rows["gradients"]) / GIB - 71.8) < 0.1
+
+
+# Measured
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory):
+    """The folder of a random pipeline whose UNet of 55 M parameters outweighs what a process holds beside it."""
+    folder, pipeline = tmp_path_factory.mktemp("middling") / "pipeline", random_pipeline("sd")
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(96, 192, 384),
+        norm_num_groups=8,
+        down_block_types=["CrossAttnDownBlock2D"] * 3,
+        up_block_types=["CrossAttnUpBlock2D"] * 3,
+        cross_attention_dim=32,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("name", ["train_flash_lora", "train_lcm", "train_student_kd"])
+def test_the_estimate_is_within_15_percent_of_the_peak(middling, tmp_path, name):
+    """A LoRA; a whole UNet with its average and a slow copy; a smaller UNet with features. Each in a fresh process."""
+    flags = ["--pretrained_model_name_or_path", middling, "--dataset_name", "shapes", "--resolution", 64]
+    flags += ["--train_batch_size", 4, "--max_train_steps", 2, "--report_to", "none", "--output_dir", tmp_path / "run"]
+    flags += ["--num_ddim_steps", 1] * (name == "train_flash_lora")
+    said = fork_and_wait(tmp_path, ROOT / f"{name}.py", *flags)
+    peak, expected, percent = re.search(
+        r"Peak memory (\S+ .B), estimated (\S+ .B) \((.\d+) %\), resident", said
+    ).groups()
+    assert expected in said[: said.index("steps:")]  # as the table had it
+    print(f"{name}: {peak}, estimated {expected}, {percent} %")
+    assert peak.endswith("B") and abs(int(percent)) <= 15, said[-2000:]
