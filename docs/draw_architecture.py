@@ -22,7 +22,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         5.0,
         1.75,
         {
-            "make a model": "prepare_unet_small\nprepare_tiny_sd",
+            "make ready": "prepare_unet_small\nprepare_tiny_sd\nprepare_cache",
             "fewer steps": "train_flash_lora\ntrain_lcm\ntrain_progressive\ntrain_add",
             "cheaper, smaller": "train_guided\ntrain_student_kd\ntrain_text_encoder_kd\nprune_and_quantize",
             "use and judge": "inference  evaluate\nexport  app\noptimize_sds",
@@ -34,11 +34,11 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         3.2,
         1.73,
         {
-            "a run": "settle  preflight  trial\nrun  outputs  sampling\nparticles  single_file",
+            "a run": "settle  preflight\ntrial  run  timing\noutputs  sampling\nparticles  single_file",
             "a small teacher": "teacher_data\nteacher_objectives\npart_training",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
             "compression/, of a pipeline": "students  distillation\nplanning  pruning\nlora_conversion\n"
-            "lora_check  report",
+            "lora_check  report  captions",
         },
     ),
     (
@@ -47,7 +47,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         1.4,
         1.72,
         {
-            "load and predict": "pipelines  model_files\nconditioning\noriginal_layout",
+            "load and predict": "frozen  pipelines\nmodel_files\nconditioning\noriginal_layout",
             "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
             "quantized_folders",
             "make, adapt": "small_models  lora\nlora_formats\ntext_encoders\ndiscriminators",
@@ -60,7 +60,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
         -0.18,
         1.5,
         {
-            "data": "shapes  texts  images\nclass_files  data_formats\ndata",
+            "data": "shapes  texts  images\nclass_files  data_formats\ndata  loader  cache  buckets",
             "mathematics": "diffusion  optimization\nema  randomness\nvolumes  memory",
             "flags, mistakes": "arguments\nerrors",
         },
