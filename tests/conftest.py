@@ -31,7 +31,7 @@ def no_estimate(request, monkeypatch):
     """Runs within the tests' own process don't estimate their memory, which takes longer than they do."""
     import common.preflight
 
-    if request.node.path.name != "test_memory.py":
+    if request.node.path.name != "test_memory.py" and "dry_run" not in request.node.name:
         monkeypatch.setattr(common.preflight, "describe", lambda *_: ([], None, None))
 
 
