@@ -424,9 +424,9 @@ def test_a_dry_run_says_what_would_be_done_and_leaves_no_trace(pipelines, tmp_pa
     def loaded(*_, **__):
         raise AssertionError("weights were loaded")
 
-    for file in ("safetensors.torch.load_file", "torch.load", "common.pipelines.load_whole", "common.run.open_run"):
-        monkeypatch.setattr(file, loaded)
     module, arguments = importlib.import_module(name), flags(pipelines, name, tmp_path / "out", "--dry_run", kind=kind)
+    for place in ("safetensors.torch.load_file", "torch.load", "common.pipelines.load_whole", f"{name}.open_run"):
+        monkeypatch.setattr(place, loaded)
     with pytest.raises(SystemExit) as ended:
         run_in_process(module, *arguments)
     assert ended.value.code == 0 and not list(tmp_path.iterdir())
