@@ -45,7 +45,7 @@ from common.cache import (
 from common.checkpoint import lock_folder
 from common.conditioning import encode_empty_prompt, encode_images, encode_prompts, predict_guided
 from common.contract import read_teacher
-from common.data import load_dataset_from_args
+from common.data import read_data
 from common.diffusion import NoiseSchedule, ddim_rollout
 from common.errors import DataError, UsageError
 from common.loader import collate, order_of
@@ -239,7 +239,7 @@ def main(args):
     teacher = read_teacher(args)
     check_data(args)
     flip = {"random_flip": bool(args.random_flip and args.rollouts)}  # of samples both are written
-    dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **flip}))
+    dataset = read_data(argparse.Namespace(**{**vars(args), **flip}))
     index = what_it_is(args, dataset, teacher)
     accelerator = open_accelerator(args)
     on_main_process(accelerator, lambda: open_folder(args, index))

@@ -286,18 +286,21 @@ def _find_column(features, flag, asked, known, fits, source):
 
 
 def load_dataset_from_args(args, needs_images=True):
-    """The training data of a script's arguments: a map-style dataset with `size` samples (None: endless).
-
-    Raises DataError where the flags contradict each other or the data is missing, of no known format, or unusable.
-    """
+    """The training data of a script's arguments: those of read_data or, of --cache_dir, --rollout_cache, cached."""
     if getattr(args, "rollout_cache", None):
         # The images themselves are read where a method wants them too, or asks the teacher anew.
         data = None
         if needs_images or args.rollout_refresh:
             data = load_dataset_from_args(argparse.Namespace(**{**vars(args), "rollout_cache": None}))
         return RolloutDataset(args, data, needs_images)
-    if getattr(args, "cache_dir", None):
-        return CachedDataset(args, needs_images)
+    return CachedDataset(args, needs_images) if getattr(args, "cache_dir", None) else read_data(args, needs_images)
+
+
+def read_data(args, needs_images=True):
+    """The data of --data_dir or --dataset_name: a map-style dataset with `size` samples (None: endless).
+
+    Raises DataError where the flags contradict each other or the data is missing, of no known format, or unusable.
+    """
     if args.data_dir is None and args.dataset_name is None:
         raise DataError("Give --data_dir or --dataset_name (--dataset_name shapes asks for rendered shapes).")
     if args.data_dir is not None and args.dataset_name is not None:
@@ -306,15 +309,14 @@ def load_dataset_from_args(args, needs_images=True):
         raise DataError(f"--max_train_samples {args.max_train_samples} leaves no samples.")
     if args.dataset_name == "shapes":
         return ShapesDataset(args, needs_images)
-    dataset = read_dataset(args, needs_images)
+    dataset = _read(args, needs_images)
     if getattr(args, "aspect_ratio_buckets", False) and needs_images:
         dataset.shapes = bucket_shapes(args.resolution)
         dataset.buckets = assign(dataset, dataset.shapes)
     return dataset
 
 
-def read_dataset(args, needs_images):
-    """The dataset of --dataset_name or --data_dir, for load_dataset_from_args."""
+def _read(args, needs_images):
     if args.dataset_name is not None:
         return TableDataset(args, load_named(args.dataset_name), needs_images, f"--dataset_name {args.dataset_name}")
     try:

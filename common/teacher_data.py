@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import shapes
-from common.data import load_dataset_from_args, to_square
+from common.data import read_data, to_square
 from common.errors import DataError
 from common.randomness import sample_generator
 from common.small_models import to_pixels
@@ -65,12 +65,12 @@ class Pictures:
     """Pictures of --data_dir or --dataset_name, cut to their middle squares, in an order by epoch of the seed's.
 
     A picture's own caption is its class where there are few enough (`classes`: a sorted list, else None). Raises
-    DataError as load_dataset_from_args does, and where there is one picture only.
+    DataError as read_data does, and where there is one picture only.
     """
 
     def __init__(self, args, data_dir=None, dataset_name=None):
         places = {"data_dir": data_dir, "dataset_name": dataset_name, "center_crop": True, "random_flip": False}
-        self.dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **places}))
+        self.dataset = read_data(argparse.Namespace(**{**vars(args), **places}))
         self.size = args.resolution
         if len(self.dataset) < 2:
             raise DataError(f"{self.dataset.source} holds one picture: a model needs more.")

@@ -32,6 +32,11 @@ def quick_student(pipelines, student, folder, *more, **options):
     return quick(pipelines, folder, "--student_model", student, *more, **options)
 
 
+def own_guidance(kind):
+    """The scale that a random pipeline of a kind is guided at where none is given: its stock class's."""
+    return 5.0 if kind == "sdxl" else 7.5
+
+
 def see_with(dinov2):
     """Flags of a discriminator that looks with the small random DINOv2."""
     return ["--discriminator", "dinov2", "--feature_model_name_or_path", dinov2, "--feature_resolution", 28]

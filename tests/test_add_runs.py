@@ -150,7 +150,7 @@ def test_the_teachers_x0_of_the_student_renoised(pipelines, tmp_path, monkeypatc
     _, (_, t, _, noise) = seen["draw"]
     asked, output = seen["predict_guided"]
     x_student, x_teacher, weights = seen["distillation_loss"][0].values()
-    z, guidance_scale = asked[1], asked["guidance_scale"]
+    z, guidance_scale = asked[1], asked[5]
     schedule = NoiseSchedule(load_pipeline(pipelines()).scheduler)
     assert guidance_scale == 3 and torch.equal(asked[2], t) and len(t.unique()) > 1
     torch.testing.assert_close(z, schedule.alpha(t) * x_student + schedule.sigma(t) * noise)
@@ -181,7 +181,7 @@ def test_what_dinov2_looks_with_rests(pipelines, dinov2, tmp_path, monkeypatch):
     made = {}
     for name in ("make_sight", "load_frozen"):
         original = getattr(train_add, name)
-        keep = lambda *arguments, name=name, original=original: made.setdefault(name, original(*arguments))  # noqa: E731
+        keep = lambda *given, name=name, original=original, **more: made.setdefault(name, original(*given, **more))  # noqa: E731
         monkeypatch.setattr(train_add, name, keep)
     run_in_process(train_add, *quick(pipelines, tmp_path, *FAR, *see_with(dinov2)))
     assert same_weights(made["make_sight"].network.model, Dinov2Model.from_pretrained(dinov2))
@@ -228,13 +228,13 @@ def test_the_discriminators_learning_rate_starts_with_it(pipelines, tmp_path, mo
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted(pipelines, tmp_path, monkeypatch, capsys):
     """A batch of NaN: neither network, neither optimizer and not the average move, and training goes on."""
-    original, calls = train_add.encode_images, []
+    original, calls = train_add.latents_of, []
 
-    def broken(vae, pixels):
+    def broken(pipeline, batch):
         calls.append(None)
-        return original(vae, pixels) * (float("nan") if len(calls) == 2 else 1)
+        return original(pipeline, batch) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train_add, "encode_images", broken)
+    monkeypatch.setattr(train_add, "latents_of", broken)
     run_in_process(train_add, *quick(pipelines, tmp_path / "run", "--checkpointing_steps", 1, steps=3))
     before, after, later = (tensors_of(tmp_path / f"run/checkpoint-{n}") for n in (1, 2, 3))
     for key in before:
@@ -243,7 +243,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(pipelines, tmp_path
         assert skipped(tmp_path / f"run/checkpoint-{step}") == {"student": counts, "discriminator": counts}
     assert all(value.isfinite().all() for value in later.values())
     # The average's warm-up counts its own updates, so a resumed run goes on as the whole one did.
-    monkeypatch.setattr(train_add, "encode_images", original)
+    monkeypatch.setattr(train_add, "latents_of", original)
     shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "resumed/checkpoint-2")
     more = ["--resume_from_checkpoint", "latest"]
     run_in_process(train_add, *quick(pipelines, tmp_path / "resumed", *more, steps=3))
@@ -253,13 +253,13 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(pipelines, tmp_path
 
 def test_too_many_skipped_in_a_row_end_the_run(pipelines, tmp_path, monkeypatch, capsys):
     """And keep what came before them, beside the older checkpoint; past the broken batches, a resume goes on."""
-    original, calls = train_add.encode_images, []
+    original, calls = train_add.latents_of, []
 
-    def broken(vae, pixels):
+    def broken(pipeline, batch):
         calls.append(None)
-        return original(vae, pixels) * (float("nan") if len(calls) > 2 else 1)
+        return original(pipeline, batch) * (float("nan") if len(calls) > 2 else 1)
 
-    monkeypatch.setattr(train_add, "encode_images", broken)
+    monkeypatch.setattr(train_add, "latents_of", broken)
     more = ["--checkpointing_steps", 2, "--checkpoints_total_limit", 1, "--max_skipped_updates", 2]
     error = error_of(train_add, quick(pipelines, tmp_path, *more, steps=5), capsys)
     assert "error: 2 updates of the student in a row had no finite gradient, up to step 4; checkpoint-4 keeps" in error
@@ -267,7 +267,7 @@ def test_too_many_skipped_in_a_row_end_the_run(pipelines, tmp_path, monkeypatch,
     before, after = (tensors_of(tmp_path / f"checkpoint-{n}") for n in (2, 4))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert skipped(tmp_path / "checkpoint-4")["student"] == [2, 2]
-    monkeypatch.setattr(train_add, "encode_images", original)
+    monkeypatch.setattr(train_add, "latents_of", original)
     run_in_process(train_add, *quick(pipelines, tmp_path, *more, "--resume_from_checkpoint", "latest", steps=5))
     assert skipped(tmp_path / "checkpoint-5") == {"student": [2, 0], "discriminator": [2, 0]}
 

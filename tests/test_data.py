@@ -108,7 +108,7 @@ def test_coco(tmp_path, image_folder):
     check_red(dataset[0, 0, 5])
     assert {dataset[0, step, 0]["caption"] for step in range(20)} == {"one", "uno"}
     assert dataset[1, 0, 0]["caption"] == "nine"
-    assert set(dataset[0, 0, 5]) == {"pixel_values", "caption", "position", "step"}
+    assert set(dataset[0, 0, 5]) == {"pixel_values", "time_ids", "caption", "index", "position", "step"}
     assert load(tmp_path, max_train_samples=1).size == 1
 
 
@@ -390,7 +390,7 @@ def test_shapes(resolution):
         shrunk = sample["pixel_values"][:, :: resolution // 32, :: resolution // 32]
         assert torch.equal(shrunk, torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
     captions = load_dataset_from_args(make_args(dataset_name="shapes", seed=5), needs_images=False)
-    assert captions[10**6, 3, 2] == {"position": 2, "step": 3, "caption": sample["caption"]}
+    assert captions[10**6, 3, 2] == {"position": 2, "step": 3, "index": 10**6, "caption": sample["caption"]}
     assert load_dataset_from_args(make_args(dataset_name="shapes", max_train_samples=9)).size == 9
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import random_pipeline, read_json, run_in_process
 from contract import assert_contract
 from diffusers import LCMScheduler
-from launching import assert_same_checkpoints, error_of, images_in_memory, quick
+from launching import assert_same_checkpoints, error_of, images_in_memory, own_guidance, quick
 from safetensors.torch import load_file
 
 import train_lcm
@@ -168,7 +168,7 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, 
     assert contract["method"] == "lcm" and contract["parent"] == pipelines(kind)
     assert contract["target"] == ("next" if phases else "x0")
     assert phases or contract["timesteps"] == [999, 759, 499, 259]
-    scale = 3.0 if "--guidance_scale" in flags else 7.5
+    scale = 3.0 if "--guidance_scale" in flags else own_guidance(kind)
     assert (contract["guidance"], contract["guidance_scale"]) == (("baked", 1.0) if lora else ("embedded", scale))
     pipeline = load_pipeline(pipelines(kind) if lora else final)
     if lora:
@@ -185,7 +185,7 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, 
     assert student_timesteps(exported.scheduler, contract["steps"]) == contract["timesteps"]
     names = {path.name for path in final.iterdir()}
     assert ("pytorch_lora_weights.safetensors" if lora else "model_index.json") in names
-    guided = "7.5" if lora else "1.5 to 6, an input" if scale == 3 else "3.75 to 15, an input"
+    guided = f"{scale:g}" if lora else f"{scale / 2:g} to {2 * scale:g}, an input"
     assert f"phases: {contract['steps'] if phases else 1}, guided at {guided}" in (final / "README.md").read_text()
 
 

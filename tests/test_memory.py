@@ -22,7 +22,9 @@ def arguments(**more):
     """Those that decide what memory a step takes, of a LoRA unless said otherwise."""
     lora = {"lora_rank": 4, "lora_alpha": 32.0, "lora_targets": ["to_q", "to_k", "to_v", "to_out.0"]}
     plain = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
-    return SimpleNamespace(**{**lora, **plain, "resolution": 512, "use_8bit_adam": False, **more})
+    return SimpleNamespace(
+        **{**lora, **plain, "resolution": 512, "quantize_frozen": None, "use_8bit_adam": False, **more}
+    )
 
 
 def vae():

@@ -218,7 +218,7 @@ def test_guidance_goes_into_the_first_halving_alone(pipelines, uninterrupted, tm
 
 
 def test_one_step_starts_from_noise_alone(pipelines, tmp_path, monkeypatch):
-    calls = {"draw": [], "encode_images": [], "predict": []}
+    calls = {"draw": [], "latents_of": [], "predict": []}
 
     def spy(name):
         original = getattr(train_progressive, name)
@@ -234,7 +234,7 @@ def test_one_step_starts_from_noise_alone(pipelines, tmp_path, monkeypatch):
         spy(name)
     more = ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 1, "--guidance_scale", 1]
     run_in_process(train_progressive, *quick(pipelines, tmp_path, *more))
-    assert len(calls["encode_images"]) == 1  # in the stage of two steps
+    assert len(calls["latents_of"]) == 1  # in the stage of two steps
     teacher_starts, _, student_starts = calls["predict"][3:]
     noise, _, _ = calls["draw"][1]
     assert torch.equal(teacher_starts, noise) and torch.equal(student_starts, noise)

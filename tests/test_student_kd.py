@@ -13,7 +13,7 @@ from launching import error_of, quick_student
 
 import train_student_kd
 from common.compression import distillation, students
-from common.conditioning import Conditioning, encode_empty_prompt, encode_prompts, predict
+from common.conditioning import Conditioning, conditioning_of, encode_empty_prompt, encode_prompts, predict
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.errors import UsageError
 from common.hooks import FeatureTap
@@ -268,9 +268,9 @@ def test_a_student_with_its_own_text_encoder_gets_its_own_embeddings(pipelines, 
 
     def spy(pipeline, *arguments):
         used.append(id(pipeline.text_encoder))
-        return encode_prompts(pipeline, *arguments)
+        return conditioning_of(pipeline, *arguments)
 
-    monkeypatch.setattr(train_student_kd, "encode_prompts", spy)
+    monkeypatch.setattr(train_student_kd, "conditioning_of", spy)
     run_in_process(train_student_kd, *quick_student(pipelines, student, tmp_path / "two", steps=1))
     run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path / "one", steps=1))
     assert len(used) == 3 and len(set(used[:2])) == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, FakeInception, launch, read_json, run_in_process, save_random_vgg16
 from contract import assert_contract
-from launching import QUICK, SHAPES, assert_same_checkpoints, quick, quick_student
+from launching import QUICK, SHAPES, assert_same_checkpoints, own_guidance, quick, quick_student
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,7 +49,7 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, students, 
     final = tmp_path / "final"
     contract = read_json(final / "distillation.json")
     assert contract["method"] == "student_kd" and contract["parent"] == pipelines(kind)
-    assert (contract["guidance"], contract["guidance_scale"], contract["steps"]) == ("cfg", 7.5, None)
+    assert (contract["guidance"], contract["guidance_scale"], contract["steps"]) == ("cfg", own_guidance(kind), None)
     pipeline = load_pipeline(final)
     for steps in (1, 2, 4, 8):
         assert_contract(pipeline, ddim_scheduler(pipeline.scheduler, steps), contract, steps)

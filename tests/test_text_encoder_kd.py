@@ -16,6 +16,7 @@ from launching import (
     error_of,
     fork_and_wait,
     images_in_memory,
+    own_guidance,
     quick,
     stock_images,
 )
@@ -106,7 +107,8 @@ def test_with_nothing_removed_student_is_teacher(kind, name):
     stock = encode_prompts(pipeline, PROMPTS, 32)
     mine = with_student(stock, hidden, pooled, name)
     assert torch.equal(mine.prompt_embeds, stock.prompt_embeds)
-    assert not sdxl or torch.equal(mine.pooled_prompt_embeds, stock.pooled_prompt_embeds)
+    if sdxl:  # within rounding: encode_prompts takes one caption at a time
+        torch.testing.assert_close(mine.pooled_prompt_embeds, stock.pooled_prompt_embeds, atol=1e-6, rtol=1e-5)
     teacher_states = TextStates(teacher, sdxl)(tokenize(pipeline.tokenizer, PROMPTS))
     assert text_encoder_loss(hidden, pooled, None, *teacher_states, None)["loss"] == 0
 
@@ -215,7 +217,7 @@ def test_every_kind_of_model_trains_and_keeps_the_contract(pipelines, tmp_path, 
         "steps": None,
         "timesteps": None,
         "guidance": "cfg",
-        "guidance_scale": 7.5,
+        "guidance_scale": own_guidance(kind),
         "target": None,
     }
     pipeline, teacher = load_pipeline(tmp_path / "final"), load_pipeline(pipelines(kind))

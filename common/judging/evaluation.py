@@ -11,7 +11,7 @@ import torch
 
 from common import shapes
 from common.conditioning import decode_latents
-from common.data import load_dataset_from_args
+from common.data import read_data
 from common.errors import DataError, UsageError
 from common.frozen import gathered
 from common.identity import judges_of
@@ -47,11 +47,10 @@ class Evaluation:
                 "max_train_samples": self.count,
                 "center_crop": True,
                 "random_flip": False,
-                "cache_dir": None,
-                "rollout_cache": None,
+                "aspect_ratio_buckets": False,
             }
             try:
-                dataset = load_dataset_from_args(argparse.Namespace(**{**vars(args), **held_out}))
+                dataset = read_data(argparse.Namespace(**{**vars(args), **held_out}))
             except DataError as error:
                 raise UsageError(str(error).replace("--data_dir", "--eval_data_dir")) from None
             self.captions = [dataset.captions(index)[0] for index in range(len(dataset))]

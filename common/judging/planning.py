@@ -9,7 +9,7 @@ from pathlib import Path
 from common import shapes
 from common.compression.quantized_folders import is_packed
 from common.contract import comes_from_tiny_sd, file_metadata, pipeline_source, read_distillation, sampling_guidance
-from common.data import load_dataset_from_args
+from common.data import read_data
 from common.errors import UsageError
 from common.judging.image_sets import image_files, open_file, real_dataset, real_folder, real_shapes
 from common.lora import check_lora_path, is_hub_id, lora_file
@@ -150,7 +150,7 @@ def plan_captions(args, models):
     if data:
         args.center_crop, args.random_flip, args.max_train_samples = True, False, None
         args.resolution, asked = models[0].resolution, args.resolution
-        dataset = load_dataset_from_args(args)
+        dataset = read_data(args)
         args.resolution = asked
         wanted = min(dataset.size, args.num_images or NUM_IMAGES)
         return [dataset.captions(index)[0] for index in range(wanted)], dataset, False
