@@ -75,8 +75,8 @@ def _folded(layer, forward, x, *args, **kwargs):
     if layer.disable_adapters or layer.merged:
         return forward(x, *args, **kwargs)
     base, (down, up) = layer.get_base_layer(), (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-    product = (up.flatten(1) @ down.flatten(1)).view_as(base.weight)  # a convolution's up is 1x1
-    weight = base.weight + layer.scaling["default"] * product
+    factors = base.weight.flatten(1), up.flatten(1), down.flatten(1)  # a convolution's up is 1x1
+    weight = torch.addmm(*factors, alpha=layer.scaling["default"]).view_as(base.weight)
     if isinstance(layer, Linear):
         return F.linear(x, weight, base.bias)
     return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation)
