@@ -32,6 +32,7 @@ from common.errors import CheckpointError, UsageError, UserError, first_line
 from common.hooks import register_checkpoint_hooks
 from common.hub import upload
 from common.identity import identity_of
+from common.memory import keep_freed_memory
 from common.pipelines import compute_dtype
 from common.randomness import seed_all
 from common.timing import Phases, Profile, peak_memory
@@ -92,6 +93,8 @@ def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
             f"from step {step} on everything is that of the new length."
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
