@@ -24,14 +24,16 @@ stages="student kd text_encoder prune lora quant check evaluate"
 : "${LORA_RANK:=32}" "${FEW_STEPS:=2}"
 if [ "$BASE" != "$embedded" ]; then
     defaults="STUDENT=sd_base STEPS=800 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=400 LR=1e-5 PRUNE_RATIO=0.3
-        VAE_PRUNE_RATIO=0.2 LORA_STEPS=800 ROLLOUTS=0 LORA_LR=1e-4 BATCH_SIZE=4 CAPTIONS=200 OUTPUT_DIR=output"
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=800 ROLLOUTS=0 TEACHER_STEPS=16 LORA_LR=1e-4 BATCH_SIZE=4 CAPTIONS=200
+        OUTPUT_DIR=output"
 elif [ "$FULL" = 1 ]; then
     defaults="STUDENT=sd_base STEPS=2000 CLIP_DISTILL_STEPS=2000 RECOVER_STEPS=1000 LR=1e-3 PRUNE_RATIO=0.3
-        VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=1500
-        OUTPUT_DIR=output/full"
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=1440 ROLLOUTS=440 TEACHER_STEPS=4 LORA_LR=2e-3 BATCH_SIZE=32
+        CAPTIONS=1500 OUTPUT_DIR=output/full"
 else
     defaults="STUDENT=sd_base STEPS=300 CLIP_DISTILL_STEPS=400 RECOVER_STEPS=150 LR=1e-3 PRUNE_RATIO=0.3
-        VAE_PRUNE_RATIO=0.2 LORA_STEPS=400 ROLLOUTS=120 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=200 OUTPUT_DIR=output"
+        VAE_PRUNE_RATIO=0.2 LORA_STEPS=260 ROLLOUTS=48 TEACHER_STEPS=4 LORA_LR=2e-3 BATCH_SIZE=32 CAPTIONS=200
+        OUTPUT_DIR=output"
 fi
 for default in $defaults; do
     name="${default%%=*}"
@@ -55,7 +57,7 @@ if [ ! -f "$BASE/model_index.json" ] && [[ -d "$BASE" || ! "$BASE" =~ ^[A-Za-z0-
 fi
 [ -z "$DATA_DIR" ] || [ -d "$DATA_DIR" ] || [ -f "$DATA_DIR" ] || fail "DATA_DIR=$DATA_DIR: there is no such folder."
 [ "$BASE" = "$embedded" ] || [ -n "$DATA_DIR" ] || fail "BASE=$BASE needs DATA_DIR: captioned images to learn from."
-for name in STEPS CLIP_DISTILL_STEPS LORA_STEPS LORA_RANK BATCH_SIZE CAPTIONS FEW_STEPS; do
+for name in STEPS CLIP_DISTILL_STEPS LORA_STEPS TEACHER_STEPS LORA_RANK BATCH_SIZE CAPTIONS FEW_STEPS; do
     [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not a whole number from 1 on."
 done
 for name in RECOVER_STEPS ROLLOUTS; do
@@ -68,7 +70,7 @@ for name in PRUNE_RATIO TEXT_ENCODER_PRUNE_RATIO VAE_PRUNE_RATIO; do
     [[ "${!name}" =~ ^(0|0?\.[0-9]+)$ ]] || fail "$name=${!name} is not in [0, 1)."
 done
 settled="BASE DATA_DIR STUDENT STEPS CLIP_DISTILL_STEPS RECOVER_STEPS LR PRUNE_RATIO TEXT_ENCODER_PRUNE_RATIO
-    VAE_PRUNE_RATIO LORA_STEPS ROLLOUTS LORA_LR LORA_RANK FEW_STEPS BATCH_SIZE"
+    VAE_PRUNE_RATIO LORA_STEPS ROLLOUTS TEACHER_STEPS LORA_LR LORA_RANK FEW_STEPS BATCH_SIZE"
 settings="$(for name in $settled; do echo "$name=${!name}"; done)"
 runs="$OUTPUT_DIR/runs"
 if [ -f "$runs/settings" ] && [ "$(cat "$runs/settings")" != "$settings" ]; then
@@ -148,8 +150,8 @@ link pruned prune/final
 
 few_step_lora() {
     train train_flash_lora.py lora --pretrained_model_name_or_path "$model" \
-        --num_ddim_steps 4 --num_inference_steps "$FEW_STEPS" --cache_rollouts "$ROLLOUTS" --lora_rank "$LORA_RANK" \
-        --lora_alpha "$LORA_RANK" --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
+        --num_ddim_steps "$TEACHER_STEPS" --teacher_steps proportional --num_inference_steps "$FEW_STEPS" \
+        --cache_rollouts "$ROLLOUTS" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_RANK" --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
         --max_steps "$LORA_STEPS" --learning_rate "$LORA_LR" --lr_scheduler linear --lr_warmup_steps 40 \
         --batch_size "$(each "$BATCH_SIZE")" "$@"
 }
