@@ -151,7 +151,8 @@ link pruned prune/final
 few_step_lora() {
     train train_flash_lora.py lora --pretrained_model_name_or_path "$model" \
         --num_ddim_steps "$TEACHER_STEPS" --teacher_steps proportional --num_inference_steps "$FEW_STEPS" \
-        --cache_rollouts "$ROLLOUTS" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_RANK" --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
+        --cache_rollouts "$ROLLOUTS" --lora_rank "$LORA_RANK" --lora_alpha "$LORA_RANK" \
+        --lora_targets to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 \
         --max_steps "$LORA_STEPS" --learning_rate "$LORA_LR" --lr_scheduler linear --lr_warmup_steps 40 \
         --batch_size "$(each "$BATCH_SIZE")" "$@"
 }
