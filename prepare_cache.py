@@ -208,7 +208,8 @@ def open_folder(args, index):
     if (folder / INDEX).is_file():
         try:
             known = json.loads((folder / INDEX).read_text())
-            check_same("--cache_dir", folder, known, {**index["made_of"], **{n: index[n] for n in ("kind", "count")}})
+            wanted = {name: index[name] for name in ("kind", "count", "flipped", "states")}
+            check_same("--cache_dir", folder, known, {**index["made_of"], **wanted})
         except (DataError, ValueError, KeyError, TypeError) as error:
             if not args.overwrite_cache:
                 said = str(error).partition(": make another")[0]
@@ -227,7 +228,8 @@ def what_it_is(args, dataset, teacher):
     return {
         "kind": "rollouts" if args.rollouts else "samples",
         "count": args.rollouts or dataset.size,
-        "flipped": args.random_flip,
+        "flipped": bool(args.random_flip and not args.rollouts),
+        "states": args.keep_states,
         "flags": flags,
         "made_of": made_by(*of, teacher, **method) if args.rollouts else made_of(*of),
     }
@@ -236,7 +238,7 @@ def what_it_is(args, dataset, teacher):
 def main(args):
     check_arguments(args)
     settle(args)
-    teacher = read_teacher(args)
+    teacher = read_teacher(args) if args.rollouts else None
     check_data(args)
     flip = {"random_flip": bool(args.random_flip and args.rollouts)}  # of samples both are written
     dataset = read_data(argparse.Namespace(**{**vars(args), **flip}))
@@ -259,7 +261,7 @@ def main(args):
     else:
         rows_of, index_of = partial(sample_rows, args, pipeline, dataset), int
 
-    folder, key, count = Path(args.folder), key_of(index["made_of"]), index["count"]
+    folder, key, count = Path(args.folder), key_of({**index, "flags": None}), index["count"]
     buckets = getattr(dataset, "buckets", None) or [0] * count
     shards = shards_of(buckets)
     own = shards[accelerator.process_index :: accelerator.num_processes]
@@ -286,6 +288,7 @@ def main(args):
             "pooled_prompt_embeds": unconditional.pooled_prompt_embeds,
         }
         save_file({n: x.cpu().contiguous() for n, x in empty.items() if x is not None}, folder / UNCONDITIONAL)
+        (folder / UNCONDITIONAL).chmod(0o644)
         files = [(name, len(numbers), (folder / name).stat().st_size) for name, numbers in shards]
         of = {"buckets": [buckets[numbers[0]] for _, numbers in shards]} if args.aspect_ratio_buckets else {}
         write_index(folder, {**index, **of, "shards": files})

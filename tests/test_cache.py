@@ -311,6 +311,9 @@ def test_a_cache_of_something_else_is_refused_by_what_differs(pipelines, picture
     more = "--max_train_samples", 5
     error = error_of(prepare_cache, [*preparing(pipelines, pictures, caches()), *more], capsys)
     assert "--overwrite_cache" in error and error.count("\n") == 1
+    line = preparing(pipelines, pictures, caches())
+    line.remove("--random_flip")
+    assert "flipped True, not False" in error_of(prepare_cache, line, capsys)
     line = preparing(pipelines, pictures, tmp_path / "new")
     line.remove("--center_crop")
     assert "--center_crop" in error_of(prepare_cache, line, capsys)
