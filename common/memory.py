@@ -213,7 +213,7 @@ def in_words(count):
 
 
 def keep_freed_memory():
-    """Let malloc keep what a step on a CPU has freed, for the next step: giving it back and forth takes a tenth of it.
+    """Let malloc keep what a step on a CPU has freed for the next step, as giving it back and forth costs some time.
 
     The peak stays what it is. Of glibc, unless the environment has settings of its own.
     """
