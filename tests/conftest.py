@@ -206,6 +206,25 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def caches(pipelines, pictures, tmp_path_factory):
+    """`caches(kind, *flags)`: the folder of a cache of the pictures by a random pipeline, made once per session."""
+    from launching import preparing
+
+    import prepare_cache
+
+    made = {}
+
+    def get(kind="sd", *more):
+        if (kind, *more) not in made:
+            folder = tmp_path_factory.mktemp("cache") / "cache"
+            run_in_process(prepare_cache, *preparing(pipelines, pictures, folder, kind), *more)
+            made[kind, *more] = folder
+        return made[kind, *more]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def dinov2(tmp_path_factory):
     """The folder of a small random DINOv2."""
     from transformers import Dinov2Config, Dinov2Model

@@ -42,6 +42,19 @@ def see_with(dinov2):
     return ["--discriminator", "dinov2", "--feature_model_name_or_path", dinov2, "--feature_resolution", 28]
 
 
+SMALL = ["--resolution", 32, "--batch_size", 4]
+
+
+def preparing(pipelines, pictures, folder, kind="sd"):
+    model = ["--pretrained_model_name_or_path", pipelines(kind), "--data_dir", pictures]
+    return [*model, *SMALL, "--center_crop", "--random_flip", "--cache_dir", folder]
+
+
+def copied(cache, folder):
+    shutil.copytree(cache, folder)
+    return folder
+
+
 # Every script
 
 QUICK_CALIBRATION = ["--num_calibration_prompts", 2, "--calibration_steps", 2]

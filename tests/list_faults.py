@@ -22,6 +22,7 @@ TITLES = {
     "test_runs": "Runs and machines",
     "test_models": "Models and LoRAs",
     "test_data_faults": "Data",
+    "test_caches": "Caches",
     "test_results": "Results",
     "test_stays": "What works with what people have",
 }

@@ -6,9 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import launch, run_in_process
-from launching import SHAPES, assert_same, error_of, flags, start_from
+from launching import SHAPES, assert_same, error_of, flags, preparing, start_from
 from PIL import Image
-from test_cache import preparing
 
 import prepare_cache
 from common.buckets import bucket_order, bucket_shapes, nearest, to_shape

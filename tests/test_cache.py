@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from conftest import fork, launch, run_in_process
-from launching import SHAPES, assert_same, each, error_of, flags, fork_and_wait, quick, start_from
+from launching import SHAPES, SMALL, assert_same, copied, error_of, flags, fork_and_wait, preparing, quick, start_from
 from safetensors.torch import load_file, save_file
 
 import prepare_cache
@@ -25,32 +25,6 @@ CACHED = [
     ("train_student_kd", "v"),
     ("prune_and_quantize", "sd"),
 ]
-SMALL = ["--resolution", 32, "--batch_size", 4]
-
-
-@pytest.fixture(scope="session")
-def caches(pipelines, pictures, tmp_path_factory):
-    """`caches(kind, *flags)`: the folder of a cache of the pictures by a random pipeline, made once per session."""
-    made = {}
-
-    def get(kind="sd", *more):
-        if (kind, *more) not in made:
-            folder = tmp_path_factory.mktemp("cache") / "cache"
-            run_in_process(prepare_cache, *preparing(pipelines, pictures, folder, kind), *more)
-            made[kind, *more] = folder
-        return made[kind, *more]
-
-    return get
-
-
-def preparing(pipelines, pictures, folder, kind="sd"):
-    model = ["--pretrained_model_name_or_path", pipelines(kind), "--data_dir", pictures]
-    return [*model, *SMALL, "--center_crop", "--random_flip", "--cache_dir", folder]
-
-
-def copied(cache, folder):
-    shutil.copytree(cache, folder)
-    return folder
 
 
 # Samples
@@ -211,69 +185,6 @@ def test_images_are_not_read_for_rollouts_in_memory(pipelines, tmp_path, monkeyp
 
 
 # What is refused
-
-
-def truncated(folder):
-    shard = folder / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def missing(folder):
-    (folder / "shard-00000.safetensors").unlink()
-
-
-def unfinished(folder):
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "shards": None}))
-
-
-def no_json(folder):
-    (folder / INDEX).write_text("{")
-
-
-BROKEN = {
-    "truncated": (truncated, "shard-00000.safetensors has"),
-    "gone": (missing, "shard-00000.safetensors is missing"),
-    "unfinished": (unfinished, "it is not complete"),
-    "of a broken index": (no_json, "cache.json can't be read"),
-}
-
-
-@each(BROKEN, "a cache is {}", "refused by name, before anything loads; prepare_cache.py makes it again")
-def test_a_broken_cache_is_one_sentence_and_is_mended(pipelines, pictures, caches, tmp_path, capsys, case):
-    import train_guided
-
-    damage, said = BROKEN[case]
-    folder = copied(caches(), tmp_path / "cache")
-    whole = {name: value.clone() for name, value in load_file(folder / "shard-00000.safetensors").items()}
-    damage(folder)
-    line = quick(pipelines, tmp_path / "run", data=["--cache_dir", folder], steps=1)
-    error = error_of(train_guided, line, capsys)
-    assert error.startswith(f"error: --cache_dir {folder}: ") and said in error and error.count("\n") == 1
-    again = preparing(pipelines, pictures, folder)
-    run_in_process(prepare_cache, *again, *["--overwrite_cache"] * (case == "of a broken index"))
-    mended = load_file(folder / "shard-00000.safetensors")
-    assert mended.keys() == whole.keys() and all(torch.equal(mended[name], whole[name]) for name in whole)
-
-
-@pytest.mark.fault("a bit of a cache flips", "named where it is read; prepare_cache.py makes that shard again")
-def test_a_flipped_bit_is_found_where_it_is_read(pipelines, pictures, caches, tmp_path, capsys):
-    import train_guided
-
-    folder = copied(caches(), tmp_path / "cache")
-    shard = folder / "shard-00000.safetensors"
-    content = bytearray(shard.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    first, last = json.loads(content[8 : 8 + length])["latents"]["data_offsets"]
-    for offset in range(first, last, (last - first) // 22):  # of every row
-        content[8 + length + offset] ^= 1
-    shard.write_bytes(content)
-    line = quick(pipelines, tmp_path / "run", data=["--cache_dir", folder], steps=1)
-    error = error_of(train_guided, line, capsys)
-    error = error[error.index("error: ") :]
-    assert "shard-00000.safetensors is damaged (the checksum of latents" in error and error.count("\n") == 1
-    run_in_process(prepare_cache, *preparing(pipelines, pictures, folder))
-    run_in_process(train_guided, *line, "--overwrite_output_dir")
 
 
 def test_a_cache_of_something_else_is_refused_by_what_differs(pipelines, pictures, caches, tmp_path, capsys):
