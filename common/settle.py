@@ -71,7 +71,11 @@ def take_data_of_caches(args):
     """What data there are, and how they are cut, from a cache where the run's flags leave it open."""
     for flag, kind in (("cache_dir", "samples"), ("rollout_cache", "rollouts")):
         if folder := getattr(args, flag, None):
-            take_flags(args, read_index(folder, f"--{flag}", kind), f"--{flag} {folder}")
+            index = read_index(folder, f"--{flag}", kind)
+            take_flags(args, index, f"--{flag} {folder}")
+            if int(os.environ.get("RANK", 0)) == 0:
+                what = index["flags"]["data_dir"] or index["flags"]["dataset_name"]
+                print(f"--{flag} {folder}: {index['count']:,} {kind} of {what}.", flush=True)
 
 
 def check_samples(args):
