@@ -7,11 +7,11 @@
 #     DRY=1 ./benchmarks/gpu.sh       # the same commands at tiny sizes on the CPU: that they run, no figures
 #
 # Every script has an even share of the time that is left, the first one three; its sets come in the order below, and
-# what its time is not enough for is left out, compiling first: a longer BUDGET (seconds) measures it. An option that this checkout does not have,
-# or that fails, is said and left out too. Tables go to the screen and to OUTPUT_DIR/tables.txt; beside it are a JSON
-# file and a picture of each script. PEAK_TFLOPS: the datasheet's dense bf16 figure (989 for an H100 SXM, 312 for an
-# A100, 165 for an RTX 4090); by default a large product in bf16 is timed, which comes to less than that. The sets in
-# fp32 and TF32 are shares of the same bf16 peak.
+# what its time is not enough for is left out, compiling first: a longer BUDGET (seconds) measures it. An option that
+# this checkout does not have, or that fails, is said and left out too. Tables go to the screen and to
+# OUTPUT_DIR/tables.txt; beside it are a JSON file and a picture of each script. PEAK_TFLOPS: the datasheet's dense
+# bf16 figure (989 for an H100 SXM, 312 for an A100, 165 for an RTX 4090); by default a large product in bf16 is
+# timed, which comes to less than that. The sets in fp32 and TF32 are shares of the same bf16 peak.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
