@@ -107,13 +107,12 @@ def check_data(args):
         )
 
 
-def draw(args, numbers, latents):
-    """Per-sample randomness of roll-outs `numbers`: noise like latents; on the CPU, indices into the student's
-    timesteps, (B,)."""
+def draw(args, step, positions, latents):
+    """Per-sample randomness by global position: noise like latents; on the CPU, indices into the timesteps (B,)."""
     noise, slots = [], []
     probs = torch.tensor(args.timestep_probs or [1.0] * args.num_inference_steps)
-    for number in numbers:
-        generator = sample_generator(args.seed, 0, number)
+    for position in positions:
+        generator = sample_generator(args.seed, step, position)
         slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         noise.append(torch.randn(latents.shape[1:], generator=generator))
     return torch.stack(noise).to(latents.device, non_blocking=True), torch.stack(slots)
@@ -164,7 +163,7 @@ def rollout_rows(args, accelerator, pipeline, schedule, times, unconditional, gu
     for batch in batches:
         conditioning = encode_prompts(pipeline, batch["captions"], args.resolution, batch.get("time_ids"))
         latents = encode_images(pipeline.vae, batch["pixel_values"])
-        noise, slots = draw(args, batch["positions"], latents)
+        noise, slots = draw(args, 0, batch["positions"], latents)
         timesteps = times[slots]
         ends = times[slots + 1] if args.target == "next" else torch.full_like(slots, -1)
         z = schedule.noisy_input(latents, noise, timesteps.to(latents.device, non_blocking=True)).to(stored).float()

@@ -263,8 +263,10 @@ def draw(args, step, positions, latents):
         slots.append(torch.multinomial(probs, 1, generator=generator)[0])
         distill.append(torch.randint(low, high + 1, (), generator=generator))
         noise.append(torch.randn((2, *latents.shape[1:]), generator=generator))
-    distill = torch.stack(distill).to(latents.device)
-    return torch.stack(slots), distill, *torch.stack(noise, dim=1).to(latents.device)
+    distill, noise = (
+        x.to(latents.device, non_blocking=True) for x in (torch.stack(distill), torch.stack(noise, dim=1))
+    )
+    return torch.stack(slots), distill, *noise
 
 
 def draw_judged(args, number, positions, latents):
@@ -277,7 +279,10 @@ def draw_judged(args, number, positions, latents):
         generator = sample_generator(args.seed, number, position, stream="discriminator")
         timesteps.append(torch.randint(low, high + 1, (), generator=generator))
         noise.append(torch.randn((2, *latents.shape[1:]), generator=generator))
-    return torch.stack(timesteps).to(latents.device), *torch.stack(noise, dim=1).to(latents.device)
+    timesteps, noise = (
+        x.to(latents.device, non_blocking=True) for x in (torch.stack(timesteps), torch.stack(noise, dim=1))
+    )
+    return timesteps, *noise
 
 
 def perturbation(args, number, positions, features):
@@ -286,7 +291,7 @@ def perturbation(args, number, positions, features):
     for position in positions:
         generator = sample_generator(args.seed, number, position, stream="perturbation")
         noise.append([torch.randn(x.shape[1:], generator=generator) for x in features])
-    return [torch.stack(drawn).to(x.device) for drawn, x in zip(zip(*noise), features)]
+    return [torch.stack(drawn).to(x.device, non_blocking=True) for drawn, x in zip(zip(*noise), features)]
 
 
 @torch.no_grad()

@@ -107,8 +107,8 @@ def draw(args, step, positions, latents, chain):
         timesteps.append(chain[int(place * len(chain))])
         scales.append(args.guidance_min + share * (args.guidance_max - args.guidance_min))
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    device = latents.device
-    return torch.stack(noise).to(device), torch.tensor(timesteps, device=device), torch.tensor(scales, device=device)
+    drawn = torch.stack(noise), torch.tensor(timesteps), torch.tensor(scales)
+    return tuple(x.to(latents.device, non_blocking=True) for x in drawn)
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def draw(args, step, positions, latents, num_steps):
         slots.append(torch.randint(num_steps, (), generator=generator))
         shares.append(torch.rand((), generator=generator))
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    return tuple(torch.stack(drawn).to(latents.device) for drawn in (noise, slots, shares))
+    return tuple(torch.stack(drawn).to(latents.device, non_blocking=True) for drawn in (noise, slots, shares))
 
 
 @torch.no_grad()
@@ -218,6 +218,7 @@ def main(args):
                         z_next = teach(teacher, schedule, z, timesteps, ends, conditioning, unconditional, scales)
                     rollout = conditioning, z, timesteps, ends, z_next
                 conditioning, z, timesteps, ends, z_next = rollout
+                run.phase("teacher")
                 with torch.no_grad(), accelerator.autocast():
                     # At the clean end f is z_s whatever the output, so any timestep will do.
                     target_output = predict(target_unet, z_next, ends.clamp(min=0), conditioning, timestep_cond)

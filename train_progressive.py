@@ -246,7 +246,7 @@ def draw(args, step, positions, latents, num_timesteps):
         place = torch.rand((), generator=generator)
         scales.append(args.guidance_min + (args.guidance_max - args.guidance_min) * place)
         noise.append(torch.randn(latents.shape[1:], generator=generator))
-    return tuple(torch.stack(drawn).to(latents.device) for drawn in (noise, slots, scales))
+    return tuple(torch.stack(drawn).to(latents.device, non_blocking=True) for drawn in (noise, slots, scales))
 
 
 @torch.no_grad()

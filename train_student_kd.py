@@ -33,7 +33,7 @@ from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
 from common.errors import UsageError
-from common.frozen import ENCODERS, idle_encoders, load_frozen, put_away
+from common.frozen import ENCODERS, load_frozen, put_away
 from common.judging.evaluation import Evaluation, better, check_evaluation
 from common.judging.previews import preview
 from common.loader import build_dataloader
@@ -204,7 +204,7 @@ def load_pair(args, run):
     pipeline.to(run.device)
     texts = [name for name in pipeline.components if name.startswith("text_encoder")]
     one_text = all(same_weights(getattr(pipeline, name), getattr(teacher, name)) for name in texts)
-    if idle_encoders(args) and not one_text:
+    if (args.cache_dir or args.rollout_cache) and not one_text:
         raise UsageError(
             f"--student_model {args.student_model}: its text encoder is not the teacher's, whose embeddings a cache "
             "holds: leave out --cache_dir and --rollout_cache."

@@ -211,7 +211,7 @@ def draw(args, step, positions, shape, schedule, device):
             noise.append(torch.randn(shape, generator=generator))
     if not args.through_unet:
         return dropped, None, None
-    return dropped, torch.stack(noise).to(device), torch.stack(timesteps).to(device)
+    return dropped, *(torch.stack(x).to(device, non_blocking=True) for x in (noise, timesteps))
 
 
 @torch.no_grad()
@@ -291,7 +291,7 @@ def main(args):
             with accelerator.accumulate(student):
                 dropped, z, timesteps = draw(args, batch["step"], batch["positions"], shape, schedule, run.device)
                 captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"])]
-                input_ids = tokenize(tokenizer, captions).to(run.device)
+                input_ids = tokenize(tokenizer, captions).to(run.device, non_blocking=True)
                 conditioning = encode_prompts(pipeline, captions, args.resolution) if args.through_unet else None
                 run.phase("teacher")
                 with accelerator.autocast():

@@ -311,7 +311,7 @@ class Rollouts:
             tensors = [batch[name].to(device, non_blocking=True) for name in ("z", "timesteps", "ends", "target")]
             return conditioning_of(self.pipeline, batch, self.resolution), *tensors
         step, rollout = self.kept.get(self._key(batch, micro_batch), (None, None))
-        return tuple(x.to(device) for x in rollout) if step == batch["step"] else None
+        return tuple(x.to(device, non_blocking=True) for x in rollout) if step == batch["step"] else None
 
     def keep(self, batch, micro_batch, rollout):
         if self.steps:

@@ -20,8 +20,8 @@ class Conditioning:
     pooled_prompt_embeds: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
 
-    def to(self, *args):
-        return Conditioning(*(None if x is None else x.to(*args) for x in self._tensors()))
+    def to(self, *args, **options):
+        return Conditioning(*(None if x is None else x.to(*args, **options) for x in self._tensors()))
 
     def expand(self, batch_size):
         """One row repeated to a batch."""

@@ -12,10 +12,10 @@ from accelerate.utils import parse_flag_from_env
 
 from common.errors import UserError, first_line
 from common.memory import Watch, bytes_of, in_words
+from common.pipelines import compute_dtype
 from common.trial import make_networks, memory_of
 
 LARGE = 4e9  # bytes of an average that a GPU may want to be rid of
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def preflight(args, dataset, guidance_scale=None, subfolder="", **method):
@@ -59,11 +59,11 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
     expected, trained = None, None
     asked = processes, 1 if guidance_scale in (None, 1) else 2, getattr(dataset, "needs_images", False)
     try:
-        networks = make_networks(args, DTYPES[precision], **method)
+        networks = make_networks(args, compute_dtype(precision), **method)
         rows += weights(networks)
         trained = networks.trained
         if trained is not None:
-            expected = memory_of(args, networks, kind, DTYPES[precision], *asked)
+            expected = memory_of(args, networks, kind, compute_dtype(precision), *asked)
             rows += [("peak memory", f"{in_words(expected.total)} on {kind}, each process (estimated)")]
             rows += expected.shown()
             average = expected.rows["their average"]

@@ -348,8 +348,11 @@ def test_every_adapter_of_a_lora_reloads_in_stock_diffusers(pipelines, tmp_path,
     stock.load_lora_weights(tmp_path / "final")
     arrived = {key for key, _ in stock.unet.named_parameters() if ".lora_" in key}
     assert len(arrived) == len(trained) > (10 if targets is ATTENTION else 30)
-    # Within rounding: where an adapter is as wide as its layer, training adds it to the layer's weight.
-    torch.testing.assert_close(images(stock), images(pipeline), atol=3e-5, rtol=0)
+    for module in pipeline.unet.modules():
+        vars(module).pop(
+            "forward", None
+        )  # wide adapters, which training folds (tests/test_speed.py), as stock has them
+    torch.testing.assert_close(images(stock), images(pipeline), atol=1e-6, rtol=0)
     assert (images(stock) - plain).abs().max() > 1e-2
 
 

@@ -1,5 +1,6 @@
 """export.py and what reads single files: names and tensors against stock diffusers' own loaders, and back."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -103,7 +104,9 @@ def test_stock_diffusers_reads_the_single_file(kind, folders, tmp_path):
     )
     assert_same_weights(pipeline, loaded)
     loaded.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(images_in_memory(pipeline, 2), images_in_memory(loaded, 2), atol=2e-5, rtol=0)
+    for each in (pipeline, loaded):  # out of the files' mapped memory: kernels round by how a weight is aligned
+        each.register_modules(**{n: copy.deepcopy(m) for n, m in each.components.items() if hasattr(m, "parameters")})
+    assert torch.equal(images_in_memory(pipeline, 2), images_in_memory(loaded, 2))
     # And by the flag of every script here, with what was written beside it.
     folder = single_file.pipeline_folder(tmp_path / "file.safetensors")
     assert_same_weights(pipeline, load_pipeline(folder))

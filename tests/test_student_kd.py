@@ -274,6 +274,13 @@ def test_a_student_with_its_own_text_encoder_gets_its_own_embeddings(pipelines, 
     run_in_process(train_student_kd, *quick_student(pipelines, student, tmp_path / "two", steps=1))
     run_in_process(train_student_kd, *quick_student(pipelines, students("sd", "sd_small"), tmp_path / "one", steps=1))
     assert len(used) == 3 and len(set(used[:2])) == 2
+    for flag in ("--cache_dir", "--rollout_cache"):  # whose embeddings are the teacher's, some anew or not
+        args = SimpleNamespace(**{"cache_dir": None, "rollout_cache": None, flag[2:]: "cache"}, rollout_refresh=0.5)
+        with pytest.raises(UsageError, match="its text encoder is not the teacher's"):
+            monkeypatch.setattr(train_student_kd, "load_frozen", lambda *_, **__: load_pipeline(pipelines()))
+            run = SimpleNamespace(dtype=torch.float32, device="cpu")
+            args.student_model, args.pretrained_model_name_or_path = student, pipelines()
+            train_student_kd.load_pair(args, run)
     saved = load_pipeline(tmp_path / "two/final").text_encoder.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in pipeline.text_encoder.state_dict().items())
 
