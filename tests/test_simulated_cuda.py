@@ -39,8 +39,19 @@ CASES = {
     "text-encoder-2": (
         "train_text_encoder_kd", "sdxl", "fp16", ["--text_encoder", "text_encoder_2", "--through_unet"]),
 }  # fmt: skip
-# Kind of pipeline, precision.
-STEADY = {"steady-fp16": ("sd", "fp16"), "steady-bf16": ("sdxl", "bf16")}
+# Script, kind of pipeline, precision, flags, and blocking copies to the device a step: the captions' token ids, which
+# the pipeline encodes, SDXL's twice.
+STEADY = {
+    "steady-fp16": ("train_flash_lora", "sd", "fp16", ["--num_ddim_steps", 2], 1),
+    "steady-bf16": ("train_flash_lora", "sdxl", "bf16", ["--num_ddim_steps", 2], 2),
+    "steady-lcm": ("train_lcm", "sd", "bf16", ["--lora_rank", 4], 1),
+    "steady-guided": ("train_guided", "sd", "fp16", [], 1),
+    "steady-progressive": (
+        "train_progressive", "sd", "bf16", ["--start_steps", 4, "--end_steps", 1, "--steps_per_stage", 4], 1),
+    "steady-add": ("train_add", "sd", "bf16", [], 1),
+    "steady-student": ("train_student_kd", "sd", "bf16", [], 1),
+    "steady-text": ("train_text_encoder_kd", "sd", "fp16", [], 0),
+}  # fmt: skip
 # Python source, and what its error says.
 REFUSED = {
     "a host tensor": ("torch.ones(2, device='cuda') + torch.ones(2)", "add mixes host and device tensors"),
@@ -116,8 +127,8 @@ def scripts_job(pipelines, case, folder):
 
 def steady_job(pipelines, case, folder):
     """Four steps with nothing between them."""
-    line = short_run(pipelines, *STEADY[case], folder)
-    return {"script": "train_flash_lora", "runs": [[*line, "--num_ddim_steps", 2, "--max_steps", 4]]}
+    script, kind, precision, flags, _ = STEADY[case]
+    return {"script": script, "runs": [[*short_run(pipelines, kind, precision, folder), *flags, "--max_steps", 4]]}
 
 
 def batch_of(name):
@@ -182,21 +193,20 @@ def test_trains_validates_resumes_and_exports(reports, case):
 
 
 @pytest.mark.parametrize("case", parameters(STEADY))
-def test_flash_waits_for_the_device_only_to_report(reports, case):
+def test_a_step_waits_for_the_device_only_to_report(reports, case):
     """A wait leaves the GPU idle until the host has caught up. A new one in the loop must be worth it, and stand here.
 
     Run.count reads what is logged, in one go, after the first step; the next report is due after the last one. Nothing
     else waits: not the roll-out, whose timesteps are known on the CPU, nor the clipping, the update or the GradScaler
-    of fp16, as the fused AdamW skips a step on the device.
+    of fp16, as the fused AdamW skips a step on the device. Blocking copies to the device wait as well.
     """
     report, _ = reports(case)
     assert report["error"] is None, report["error"]
-    assert len(report["steps"]) == 3  # from each of four steps to the next
-    for number, step in enumerate(report["steps"]):
-        expected = {("count", "to cpu"): 1} if number == 0 else {}
-        assert total(step["syncs"], "function", "kind") == expected, step["syncs"]
-        # Blocking copies to the device wait as well: the captions' token ids, by the pipeline; SDXL's twice.
-        assert total(step["uploads"], "kind") == {("to device",): 1 if STEADY[case][0] == "sd" else 2}, step["uploads"]
+    optimizers = 2 if STEADY[case][0] == "train_add" else 1
+    assert len(report["steps"]) == 4 * optimizers - 1  # from each update of four steps to the next
+    syncs, uploads = ([site for step in report["steps"] for site in step[what]] for what in ("syncs", "uploads"))
+    assert total(syncs, "function", "kind") == {("count", "to cpu"): 1}, syncs
+    assert total(uploads, "kind")["to device",] == 3 * STEADY[case][4] == sum(total(uploads, "kind").values()), uploads
 
 
 # The simulation
