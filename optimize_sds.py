@@ -336,7 +336,7 @@ def save_final(run, pipeline, student, judges, guidance_scale):
 
 def main(args):
     check_arguments(args)
-    settle(args)
+    settle(args, unsharded="images or a volume are optimized, which are small")
     read_prompts(args)
     guidance_scale = settle_method(args)
     judges = results.load_judges(args.clip_model, None, args.prompt, "cpu")

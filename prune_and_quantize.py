@@ -55,14 +55,15 @@ from common.conditioning import (
 from common.contract import make_contract, read_distillation, read_teacher
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
-from common.ema import EMA, copy_tensors
+from common.ema import EMA
+from common.engines import prepare, whole
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.previews import preview
 from common.judging.results import print_table
 from common.loader import build_dataloader
 from common.lora import trainable
-from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
+from common.optimization import adamw, become_average, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import default_guidance, load_pipeline, set_up
 from common.preflight import preflight
@@ -318,11 +319,11 @@ def main(args):
         pairs = students.feature_pairs(unet, teacher.unet, None, 0) if args.feature_weight else []
         plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, teacher_path)
         set_up(unet, args, teacher.unet)
+        student, optimizer = prepare(run, plain, adamw(trainable(plain), args))
         parameters = trainable(plain)
         ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
-        # 3 optimizer, resume
-        student, optimizer = accelerator.prepare(plain, adamw(parameters, args))
+        # 3 resume
         run.register({"student": parameters, **others}, {"student": ema})
         zeros = {name: p == 0 for name, p in parameters.items()} if args.method == "magnitude" else {}
 
@@ -375,8 +376,9 @@ def main(args):
             where = f"in round {number + 1} of {args.iterative}"
             goes_on = "--resume_from_checkpoint latest, with a larger number or without it, goes on to final/."
             return run.end(f"Ended by --max_train_steps {where}: {goes_on}", done=False)
-        copy_tensors(ema.shadow, parameters)  # the average is the round's result, and what the next one prunes
-        unet.requires_grad_(False)
+        become_average(run, parameters, ema)  # it is the round's result, and what the next one prunes
+        pipeline.unet = whole(run, unet, everywhere=True).requires_grad_(False)
+        run.skeletons.clear()
         tap.close(), teacher_tap.close()
 
     manifest = make_manifest(args, run, parent, models, planned, pipeline)

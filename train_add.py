@@ -317,7 +317,7 @@ def teach(args, guided, schedule, conditioning, z, timesteps, x_student, distill
 
 def main(args):
     check_arguments(args)
-    settle(args)
+    settle(args, unsharded="student and discriminator are two models, each with its optimizer, and it takes one")
     from_contract = read_teacher(args, hint=", and give this one as --student_model")
     guidance_scale = from_contract["guidance_scale"]
     check_models(args)

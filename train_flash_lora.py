@@ -29,6 +29,7 @@ from common.contract import make_contract, read_teacher
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout, pointwise_distance
 from common.ema import EMA
+from common.engines import prepare
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.metrics import decoded_lpips, load_lpips
@@ -157,11 +158,11 @@ def main(args):
     # 2 trained, in fp32
     unet = student_unet(args, pipeline)
     set_up(unet, args, teacher)
+    student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     parameters = trainable(unet)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
-    # 3 optimizer, resume, data
-    student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
+    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     cycle = {"cycle_steps": args.cache_rollouts, "read_again": not args.cache_rollouts}
     loader = iter(build_dataloader(dataset, args, accelerator, run.step, **cycle))

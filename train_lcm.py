@@ -38,6 +38,7 @@ from common.contract import make_contract, read_teacher
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, consistency_function, phase_grid, pointwise_distance
 from common.ema import EMA, follow
+from common.engines import prepare, reshard, shard_frozen
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.previews import preview
@@ -190,12 +191,14 @@ def main(args):
     unet = student_unet(args, pipeline, embedded)
     target_unet = unet if args.lora_rank else copy.deepcopy(unet).requires_grad_(False)
     set_up(unet, args, teacher, target_unet)
+    student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
+    if not args.lora_rank:
+        shard_frozen(run, target_unet)
     parameters = trainable(unet)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
     slow = {} if args.lora_rank else {"target": dict(target_unet.named_parameters())}
 
-    # 3 optimizer, resume, data
-    student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
+    # 3 resume, data
     run.register({"student": parameters, **slow}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
     rollouts = Rollouts(pipeline, args.resolution)
@@ -234,6 +237,7 @@ def main(args):
                 update(run, optimizer, parameters, ema)
         if slow:
             follow(slow["target"], parameters, args.target_ema_decay)
+            reshard(target_unet)
         run.count(lr=learning_rate)
         if run.validates():
             with ema.applied(parameters):

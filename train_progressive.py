@@ -43,12 +43,13 @@ from common.contract import make_contract, read_teacher
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA, copy_tensors
+from common.engines import forget, prepare
 from common.errors import CheckpointError, UsageError
 from common.frozen import ENCODERS, load_frozen
 from common.judging.previews import preview
 from common.loader import build_dataloader
 from common.lora import add_lora, student_unet, trainable, without_adapters
-from common.optimization import adamw, clip, learning_rate_at, set_learning_rate, update
+from common.optimization import adamw, become_average, clip, learning_rate_at, set_learning_rate, update
 from common.outputs import export, save_student
 from common.pipelines import latent_shape, load_unet, set_up
 from common.preflight import preflight
@@ -357,6 +358,7 @@ def main(args):
     # 2 trained, in fp32; teacher_parameters, what a student hands on to the next stage's teacher: all, or its LoRA
     unet = student_unet(args, pipeline)
     set_up(unet, args, teacher)
+    student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     parameters = trainable(unet)
     if args.lora_rank:
         teacher_parameters = {name: p.detach().clone() for name, p in parameters.items()}
@@ -364,8 +366,7 @@ def main(args):
         teacher_parameters = dict(teacher.named_parameters())
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
-    # 3 optimizer, resume, data
-    student, optimizer = accelerator.prepare(unet, adamw(parameters, args))
+    # 3 resume, data
     run.register({"student": parameters, "teacher": teacher_parameters}, {"student": ema})
     check_stage(run, lengths)
     rollouts = Rollouts(pipeline, args.resolution)
@@ -418,11 +419,11 @@ def main(args):
                 preview(run, pipeline, schedulers[stage], contracts[stage])
         if ends:  # the average is the stage's result, the next stage's teacher and its start
             run.check_finite()
-            copy_tensors(ema.shadow, parameters)
-            copy_tensors(ema.shadow, teacher_parameters)
+            become_average(run, parameters, ema)
+            copy_tensors(parameters, teacher_parameters)
             save_student(run, {"unet": unet}, schedulers[stage], contracts[stage], *card(args), name=f"stage-{steps}")
             ema.updates = 0
-            optimizer.state.clear()
+            forget(run, optimizer)
             run.state["stages"] = stage + 1
         run.save(now=ends)
 

@@ -32,6 +32,7 @@ from common.contract import TINY_SD, make_contract, parent_source, read_distilla
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, min_snr_weights
 from common.ema import EMA
+from common.engines import made_whole, prepare
 from common.errors import UsageError
 from common.frozen import ENCODERS, load_frozen, put_away
 from common.judging.evaluation import Evaluation, better, check_evaluation
@@ -296,7 +297,8 @@ def judge(args, run, evaluation, pipeline, teacher, samplers, contract):
             teacher.unet.to(run.device)
             evaluation.teacher_images = evaluation.images(run.accelerator, teacher, samplers[1], steps, scale)
             teacher.unet.to("cpu" if args.teacher_cpu_offload else run.device)
-        images = evaluation.images(run.accelerator, pipeline, samplers[0], steps, scale)
+        with made_whole(run, pipeline, everywhere=True):
+            images = evaluation.images(run.accelerator, pipeline, samplers[0], steps, scale)
     known, found = run.state.get("best"), [None, None]
     if run.accelerator.is_main_process:
         figures = evaluation.report(run.accelerator, images, run.step)
@@ -351,11 +353,11 @@ def main(args):
     empty = unconditional, teacher_unconditional
     plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, args.student_model)
     set_up(unet, args, teacher.unet)
+    student, optimizer = prepare(run, plain, adamw(trainable(plain), args))
     parameters = trainable(plain)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
-    # 3 optimizer, resume, data
-    student, optimizer = accelerator.prepare(plain, adamw(parameters, args))
+    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
     evaluation = Evaluation(args, accelerator) if args.eval_steps else None

@@ -32,6 +32,7 @@ from common.contract import STEPS, make_contract, read_teacher
 from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule
 from common.ema import EMA
+from common.engines import prepare, whole
 from common.errors import UsageError, first_line
 from common.frozen import load_frozen
 from common.judging.previews import preview
@@ -277,11 +278,11 @@ def main(args):
     set_up(encoder, args)
     if args.through_unet:
         set_up(unet, args)
+    student, optimizer = prepare(run, encoder, adamw(trainable(encoder), args))
     parameters = trainable(encoder)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
 
-    # 3 optimizer, resume, data
-    student, optimizer = accelerator.prepare(encoder, adamw(parameters, args))
+    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
 
@@ -310,7 +311,7 @@ def main(args):
                 update(run, optimizer, parameters, ema)
         run.count(lr=learning_rate)
         if run.validates():
-            with ema.applied(parameters), student_in_place(pipeline, name, encoder):
+            with ema.applied(parameters), student_in_place(pipeline, name, whole(run, encoder, everywhere=True)):
                 preview(run, pipeline, scheduler, contract)
         run.save()
 
@@ -323,7 +324,8 @@ def main(args):
         "loss": f"hidden states, pooled output (weight {args.pooled_weight:g}){through}",
     }
     with ema.applied(parameters):
-        save_student(run, parts_of(args, encoder), scheduler, contract, "Pipeline with a smaller text encoder", notes)
+        parts = parts_of(args, whole(run, encoder, everywhere=True))
+        save_student(run, parts, scheduler, contract, "Pipeline with a smaller text encoder", notes)
     export(run)
     run.end()
 

@@ -6,6 +6,7 @@ random states: everything random is derived from (seed, step, index); see common
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
@@ -27,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-STATE = "state.json"  # {step, max_train_steps, global_batch_size, arguments, state, files}: written last
+STATE = "state.json"  # {step, max_train_steps, global_batch_size, split, arguments, state, files}: written last
 LOCK = ".lock"
 # What a run writes, by exact names: nothing else is ever removed. Beside these its own hidden temporaries.
 _WRITTEN = re.compile(r"checkpoint-\d+|stage-\d+|final|final-(?:fp16|int8|fp8)")
@@ -210,7 +211,7 @@ def _run_folders(folder):
 
 
 def read_state(checkpoint):
-    """state.json of a checkpoint: {"step", "max_train_steps", "global_batch_size", "arguments", "state"}.
+    """state.json of a checkpoint: {"step", "max_train_steps", "global_batch_size", "split", "arguments", "state"}.
 
     Raises CheckpointError where it can't be read.
     """
@@ -236,9 +237,35 @@ def check_same_run(checkpoint, arguments, global_batch_size):
         print(moved, flush=True)
 
 
-def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max_train_steps, state, total_limit=None):
+def split_as_before(checkpoint, train_batch_size, processes, accumulation_steps):
+    """(batch size, processes, accumulation steps) of a continuation: as asked for, or, by other processes, as before.
+
+    With another number of processes the global batch stays what it was: with more or fewer accumulated micro-batches,
+    of the size asked for or the next smaller one that divides it. Says so. Raises CheckpointError where it can't.
+    """
+    saved, asked = read_state(checkpoint), [train_batch_size, processes, accumulation_steps]
+    before, wanted = saved.get("split"), saved.get("global_batch_size")
+    if before is None or before[1] == processes or math.prod(asked) == wanted:
+        found = asked
+    elif wanted % processes:
+        raise CheckpointError(
+            f"--resume_from_checkpoint: {checkpoint} has a global batch of {wanted}, which {processes} processes "
+            f"can't share: take a number that divides it, such as {before[1]}."
+        )
+    else:
+        share = wanted // processes
+        size = next(size for size in range(min(train_batch_size, share), 0, -1) if share % size == 0)
+        found = [size, processes, share // size]
+    if before is not None and found != before:
+        was, now = (f"{size} x {number} processes x {steps} accumulated" for size, number, steps in (before, found))
+        print(f"The global batch stays {wanted}, and its order: it was {was}, and is {now}.", flush=True)
+    return found
+
+
+def save_checkpoint(accelerator, folder, step, write, described, total_limit=None):
     """Write checkpoint-`step` atomically, then prune to `total_limit`. Every rank must call it.
 
+    write(folder) writes tensors, every rank its own; described: {name: value} of what STATE holds beside the step.
     Raises CheckpointError, on every rank, where it can't be written; what was written of it is removed.
     """
     final = Path(folder) / f"checkpoint-{step}"
@@ -250,21 +277,15 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
     accelerator.wait_for_everyone()
     failed = None
     try:
-        accelerator.save_state(str(temporary))  # it makes the folder
+        write(str(temporary))  # it makes the folder
     except (OSError, RuntimeError, SafetensorError) as error:  # a disk that is full, in the words of three libraries
         failed = f"{type(error).__name__}: {first_line(error)}"
     failed = next((failure for failure in gather_object([failed]) if failure), None)
     if accelerator.is_main_process and not failed:
         for path in temporary.glob("random_states_*.pkl"):  # accelerate's, and a pickle that nobody needs
             path.unlink()
-        saved = {
-            "step": step,
-            "max_train_steps": max_train_steps,
-            "global_batch_size": global_batch_size,
-            "arguments": arguments,
-            "state": state,
-            "files": {path.name: [path.stat().st_size, _checksum(path)] for path in temporary.iterdir()},
-        }
+        files = {path.name: [path.stat().st_size, _checksum(path)] for path in temporary.iterdir()}
+        saved = {"step": step, **described, "files": files}
         try:
             (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
             os.replace(temporary, final)
@@ -285,10 +306,10 @@ def save_checkpoint(accelerator, folder, step, arguments, global_batch_size, max
     return final
 
 
-def load_checkpoint(accelerator, checkpoint):
-    """Load what save_checkpoint wrote into the prepared objects. Every rank must call it."""
+def load_checkpoint(accelerator, checkpoint, read):
+    """Load what save_checkpoint wrote into the prepared objects, by read(folder). Every rank must call it."""
     try:
-        accelerator.load_state(str(checkpoint))
+        read(str(checkpoint))
     except CheckpointError:
         raise
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:

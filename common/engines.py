@@ -1,13 +1,31 @@
 """What spreads a run over its processes: DDP, or the two engines that shard what is trained, FSDP2 and ZeRO-2.
 
 DDP keeps weights, gradients, optimizer and average whole on every process. FSDP2 cuts all four into as many parts as
-there are processes, and gathers the weights of a block while it runs. DeepSpeed's ZeRO-2 keeps the weights whole and
-cuts the rest.
+there are processes, and gathers the weights of a block while it runs. DeepSpeed's ZeRO-2 keeps weights and average
+whole and cuts the rest. Frozen models are whole on every process, whatever the engine. All three are accelerate's.
 """
 
+import contextlib
+import copy
 import os
+from datetime import timedelta
+from functools import partial
 
-from accelerate.utils import parse_flag_from_env
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from common.errors import UsageError
+
+NAMES = {"fsdp2": "FSDP2", "zero2": "DeepSpeed"}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+# What FSDP2 gathers at once: the parts of a UNet and of a CLIP text model that most of their weights are in.
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
+
+# Opening
 
 
 def launched_engine():
@@ -20,3 +38,252 @@ def launched_engine():
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "zero2", os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"
     return "ddp", False
+
+
+def check_engine(args, mixed_precision, unsharded=None):
+    """UsageError where the engine that accelerate launch asked for can't run this script with these flags.
+
+    unsharded: why what the script trains is never sharded, as the beginning of a sentence, or None where it may be.
+    """
+    engine, _ = launched_engine()
+    if engine == "ddp":
+        return
+    if getattr(args, "lora_rank", None) and not unsharded:
+        unsharded = "a LoRA has a few megabytes of gradients and optimizer, and nothing else would be sharded"
+    name, instead = NAMES[engine], "launch it with accelerate_configs/multi_gpu.yaml"
+    if unsharded:
+        raise UsageError(f"{name}: {unsharded}: {instead}.")
+    if engine == "fsdp2" and os.environ.get("FSDP_VERSION") != "2":
+        raise UsageError("FSDP: version 2 alone is taken here: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml.")
+    if engine == "zero2" and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        raise UsageError("DeepSpeed: no configuration file of its own is taken: use accelerate_configs/.")
+    if engine == "zero2" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "2":
+        raise UsageError("DeepSpeed: ZeRO's stage 2 alone is taken here; for more, accelerate_configs/fsdp2.yaml.")
+    if mixed_precision == "fp16":
+        raise UsageError(f"{name} runs here with --mixed_precision bf16 or no, not fp16.")
+    for flag in ("use_8bit_adam", "torch_compile", *["channels_last"] * (engine == "fsdp2")):
+        if getattr(args, flag, False):
+            raise UsageError(f"--{flag} is not for {name}: leave it out, or {instead}.")
+    if engine == "zero2" and getattr(args, "method", None) == "magnitude":
+        raise UsageError(f"--method magnitude masks gradients, which DeepSpeed keeps to itself: {instead}.")
+
+
+def open_accelerator(args, kwargs_handlers=(), **options):
+    """accelerate's, its processes joined: by --mixed_precision, and --ddp_timeout for each other."""
+    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))
+    engine, _ = launched_engine()
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if no_gpu and engine != "ddp" and "LOCAL_RANK" in os.environ:
+        # accelerate takes FSDP and DeepSpeed for engines of GPUs alone. Both run on CPUs, once it is told that the
+        # processes, which it has joined, are of that kind.
+        PartialState(cpu=True, **timeout.to_kwargs())
+        kind = DistributedType.MULTI_GPU if engine == "fsdp2" else DistributedType.DEEPSPEED
+        PartialState._shared_state["distributed_type"] = kind
+        no_gpu = None
+    # DeepSpeed would round the weights themselves: under "no" they stay in fp32, and autocast rounds, as elsewhere.
+    options["mixed_precision"] = "no" if engine == "zero2" else args.mixed_precision
+    accelerator = Accelerator(cpu=no_gpu, kwargs_handlers=[timeout, *kwargs_handlers], **options)
+    if accelerator.distributed_type == DistributedType.FSDP and precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        rounded = precision == "bf16"
+        accelerator.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=rounded)
+    return accelerator
+
+
+def engine_of(accelerator):
+    """ "ddp", "fsdp2" or "zero2": what an accelerator runs by."""
+    kinds = {DistributedType.FSDP: "fsdp2", DistributedType.DEEPSPEED: "zero2"}
+    return kinds.get(accelerator.distributed_type, "ddp")
+
+
+# What is trained
+
+
+def prepare(run, module, optimizer):
+    """(the module as its engine runs it, its optimizer): accelerate's prepare, of the one model of a run.
+
+    Under FSDP2 the module's parameters are other ones afterwards, of which every process has a part.
+    """
+    accelerator, args = run.accelerator, run.args
+    if run.engine != "ddp":
+        run.skeletons.append((module, _skeleton(module)))
+    if run.engine == "fsdp2":
+        _wrap_blocks(accelerator, module)
+    if run.engine == "zero2":
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        config["gradient_clipping"] = args.max_grad_norm
+    student, optimizer = accelerator.prepare(module, optimizer)
+    if run.engine == "zero2":
+        accelerator.deepspeed_engine_wrapped = StepLater(student)
+    return student, optimizer
+
+
+class StepLater:
+    """DeepSpeed's engine for accelerator.backward, without the step that accelerate takes there: `update` takes it."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def backward(self, loss, sync_gradients=True):
+        self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
+        self.engine.backward(loss)
+
+
+def step_deepspeed(run):
+    """Let DeepSpeed clip and step, or skip where the gradient is not finite. Its norm, on the device."""
+    engine = run.accelerator.deepspeed_engine_wrapped.engine
+    engine.step()
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=run.device)
+
+
+def shard_frozen(run, module):
+    """Under FSDP2 cut a frozen module as the trained one of its shape is, so that it can follow it part by part."""
+    if run.engine == "fsdp2":
+        _wrap_blocks(run.accelerator, module)
+        fsdp2_prepare_model(run.accelerator, module)
+
+
+def reshard(module):
+    """Let a module that FSDP2 cut gather its weights anew in its next forward: after one without gradients it would
+    use those that it has."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _wrap_blocks(accelerator, module):
+    """Tell accelerate what of this module is gathered at once, unless the configuration does."""
+    plugin, there = accelerator.state.fsdp_plugin, {type(part).__name__ for part in module.modules()}
+    if os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") is None:
+        plugin.transformer_cls_names_to_wrap = [name for name in BLOCKS if name in there]
+
+
+def _skeleton(module):
+    """A copy of a module with its buffers, whose parameters have no memory, and which nothing looks into."""
+    empty = partial(torch.empty_like, device="meta")
+    memo = {id(p): torch.nn.Parameter(empty(p), p.requires_grad) for p in module.parameters()}
+    skeleton = copy.deepcopy(module, memo)
+    for part in skeleton.modules():
+        part._forward_hooks.clear()  # taps of features
+    return skeleton
+
+
+# Parts and wholes
+
+
+def local(tensor):
+    """What of a tensor is on this process: its part, where it is cut, else itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor):
+    """The whole of a tensor, on every process. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(parameter):
+    """(offset, numel) of the range of a flattened parameter that this process has: all of it where it is not cut."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.numel()
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    chunk = -(-rows // mesh.size())
+    first = min(mesh.get_local_rank() * chunk, rows)
+    return first * (parameter.numel() // rows), local(parameter).numel()
+
+
+def optimizer_states(run, parameters):
+    """[(name, offset, {moment: this process's part, to be changed in place}, the optimizer's own state)].
+
+    AdamW's moments of what this process has of {name: parameter}, whether it has stepped yet or not.
+    """
+    optimizer, found = run.accelerator._optimizers[0].optimizer, []
+    for name, parameter in parameters.items():
+        if run.engine == "zero2":
+            place = parameter._hp_mapping  # what of it this process updates
+            if place is None:
+                continue
+            state = optimizer.optimizer.state[optimizer.single_partition_of_fp32_groups[place.param_group_index]]
+            within = place.hp_fragment_address.start, place.hp_fragment_address.numel
+            offset, moments = place.lp_fragment_address.start, {key: state[key].narrow(0, *within) for key in MOMENTS}
+        else:
+            state = optimizer.state[parameter]
+            if not state:
+                zero = torch.zeros((), device=parameter.device)
+                state.update(step=zero, **{key: torch.zeros_like(parameter) for key in MOMENTS})
+            offset = part_of(parameter)[0]
+            moments = {key: local(state[key].detach()) for key in MOMENTS}
+        found.append((name, offset, moments, state))
+    return found
+
+
+def set_step(state, step):
+    """How many updates an optimizer's state has seen, a tensor or a number as it keeps it."""
+    if isinstance(state["step"], torch.Tensor):
+        state["step"].fill_(float(step))
+    else:
+        state["step"] = int(step)
+
+
+def refresh_deepspeed(run):
+    """Let DeepSpeed take over weights that were changed in place: it updates a copy of its own."""
+    if run.engine == "zero2":
+        run.accelerator._optimizers[0].optimizer.refresh_fp32_params()
+
+
+def forget(run, optimizer):
+    """Let an optimizer begin anew."""
+    if run.engine == "zero2":  # which has its moments' memory in other places too
+        for state in optimizer.optimizer.optimizer.state.values():
+            for key in MOMENTS:
+                state[key].zero_()
+            set_step(state, 0)
+    else:
+        optimizer.state.clear()
+
+
+@torch.no_grad()
+def whole(run, module, everywhere=False, device=None, dtype=None):
+    """A plain copy of a module that an engine runs, or of a part of it: on the main process, or everywhere, else None.
+
+    Every process must call it. Under DDP, and of a module that no engine has, the module itself.
+    """
+    found = [skeleton for root, skeleton in run.skeletons for part in root.modules() if part is module]
+    if not found:
+        return module
+    root, skeleton = next(pair for pair in run.skeletons if pair[1] is found[0])
+    reshard(root)
+    place = next(name for name, part in root.named_modules() if part is module)
+    kept = everywhere or run.accelerator.is_main_process
+    copied = copy.deepcopy(skeleton.get_submodule(place)) if kept else None
+    for name, parameter in module.named_parameters():
+        value = full(parameter)
+        if kept:
+            owner, _, leaf = name.rpartition(".")
+            value = value.detach().to(device or value.device, dtype or value.dtype, copy=True)
+            setattr(copied.get_submodule(owner), leaf, torch.nn.Parameter(value, parameter.requires_grad))
+    return copied
+
+
+@contextlib.contextmanager
+def made_whole(run, pipeline, everywhere=False):
+    """Within the context a pipeline's parts are whole, in the compute dtype, on the main process, or everywhere.
+
+    Every process must enter it.
+    """
+    cut = {}
+    if run.engine == "fsdp2":
+        trained = [part for root, _ in run.skeletons for part in root.modules()]
+        for name, part in pipeline.components.items():
+            if any(part is other for other in trained):
+                cut[name] = part
+                setattr(pipeline, name, whole(run, part, everywhere, run.device, run.dtype) or part)
+    try:
+        yield
+    finally:
+        for name, part in cut.items():
+            setattr(pipeline, name, part)

@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
-from common.ema import copy_tensors
+from common.engines import optimizer_states, part_of, refresh_deepspeed, set_step
 from common.errors import CheckpointError, first_line
+from common.parts import Parts, save_parts
+
+WHOLE_OPTIMIZER = "optimizer.bin"  # accelerate's, of DDP
 
 
 def register_checkpoint_hooks(accelerator, trained, emas):
@@ -18,26 +23,74 @@ def register_checkpoint_hooks(accelerator, trained, emas):
 
     def save(models, weights, folder):
         weights.clear()  # accelerate would write the whole model, frozen base included
-        if accelerator.is_main_process:
-            for name, parameters in trained.items():
-                tensors = {key: p.detach().contiguous() for key, p in parameters.items()}
-                save_file(tensors, Path(folder) / f"{name}.safetensors")
-            for name, ema in emas.items():
-                shadow = {key: value.contiguous() for key, value in ema.shadow.items()}
-                save_file(shadow, Path(folder) / f"{name}_ema.safetensors")
+        save_weights(accelerator, folder, trained, emas)
 
     def load(models, folder):
         models.clear()
-        try:
-            for name, parameters in trained.items():
-                copy_tensors(load_file(Path(folder) / f"{name}.safetensors"), parameters)
-            for name, ema in emas.items():
-                copy_tensors(load_file(Path(folder) / f"{name}_ema.safetensors"), ema.shadow)
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} holds other weights than this run trains: {first_line(error)}.") from None
+        load_weights(folder, trained, emas)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def save_weights(accelerator, folder, trained, emas):
+    """What is trained, and its averages: whole by the main process; of what is cut, every process its part."""
+    for name, parameters in trained.items():
+        averages = {f"{name}_ema": emas[name].shadow} if name in emas else {}
+        for file, tensors in {name: parameters, **averages}.items():
+            if any(isinstance(p, DTensor) for p in parameters.values()):
+                places = {key: (part_of(p)[0], tensors[key]) for key, p in parameters.items()}
+                save_parts(folder, file, places, accelerator.process_index, accelerator.num_processes)
+            elif accelerator.is_main_process:
+                whole = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+                save_file(whole, Path(folder) / f"{file}.safetensors")
+
+
+def load_weights(folder, trained, emas):
+    """The same, from files that hold them whole or in parts. Raises CheckpointError."""
+    try:
+        for name, parameters in trained.items():
+            for file, targets in ((name, {}), *[(f"{name}_ema", emas[name].shadow)] * (name in emas)):
+                with Parts(folder, file) as parts:
+                    if parts.keys() != parameters.keys():
+                        differing = sorted(parts.keys() ^ parameters.keys())
+                        raise KeyError(f"names differ, such as {differing[0]}")
+                    for key, parameter in parameters.items():
+                        parts.fill(key, parameter, targets.get(key))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} holds other weights than this run trains: {first_line(error)}.") from None
+
+
+def save_cut(run, folder):
+    """What accelerator.save_state does under DDP, of a run whose engine shards: every process writes what it has."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_weights(run.accelerator, folder, run.trained, run.averages)
+    parts = {}
+    for name, offset, moments, state in optimizer_states(run, run.trained["student"]):
+        parts.update({f"{moment}.{name}": (offset, value) for moment, value in moments.items()})
+        parts["step"] = 0, torch.as_tensor(state["step"]).cpu()
+    save_parts(folder, "optimizer", parts, run.accelerator.process_index, run.accelerator.num_processes)
+
+
+@torch.no_grad()
+def load_cut(run, folder):
+    """What accelerator.load_state does under DDP, where the engine of the run or of its checkpoint shards."""
+    load_weights(folder, run.trained, run.averages)
+    refresh_deepspeed(run)
+    parameters, file = run.trained["student"], Path(folder) / WHOLE_OPTIMIZER
+    if file.is_file():
+        saved = torch.load(file, map_location="cpu", weights_only=True)["state"]
+        whole = dict(zip(parameters, (saved[index] for index in sorted(saved))))
+        for name, offset, moments, state in optimizer_states(run, parameters):
+            for moment, value in moments.items():
+                value.copy_(whole[name][moment].flatten()[offset : offset + value.numel()].view(value.shape))
+            set_step(state, whole[name]["step"])
+        return
+    with Parts(folder, "optimizer") as parts:
+        for name, offset, moments, state in optimizer_states(run, parameters):
+            for moment, value in moments.items():
+                value.copy_(parts.read(f"{moment}.{name}", offset, value.numel()).view(value.shape))
+            set_step(state, parts.read("step", 0, 1))
 
 
 class FeatureTap:

@@ -10,6 +10,9 @@ from functools import partial
 
 import torch
 
+from common.ema import copy_tensors
+from common.engines import full, refresh_deepspeed, step_deepspeed
+
 
 def learning_rate_at(step, args, length=None):
     """The learning rate of optimizer step `step` (from 0): of the step alone, so that resume restores nothing.
@@ -63,14 +66,14 @@ def clip(run, optimizer, parameters, name="student"):
     got no gradient: it would never learn.
     """
     run.phase("optimizer")
-    if not run.accelerator.sync_gradients:
+    if not run.accelerator.sync_gradients or run.engine == "zero2":  # which clips as it steps
         return
     without = [key for key, p in parameters.items() if p.grad is None]
     if without:
         raise RuntimeError(f"{len(without)} trainable parameters got no gradient, such as {without[0]}")
     if getattr(optimizer, "scaler", None) is not None:
         run.accelerator.unscale_gradients(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), run.args.max_grad_norm)
+    norm = full(torch.nn.utils.clip_grad_norm_(parameters.values(), run.args.max_grad_norm))
     run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"] = norm
 
 
@@ -82,7 +85,28 @@ def update(run, optimizer, parameters, ema=None, name="student"):
     """
     if not run.accelerator.sync_gradients:
         return
-    broken = ~run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"].isfinite()
+    key = "grad_norm" if name == "student" else f"{name}_grad_norm"
+    if run.engine == "zero2":
+        run.norms[key] = step_deepspeed(run)
+    broken = ~run.norms[key].isfinite()
+    if run.engine != "zero2":
+        _step(optimizer, broken)
+    optimizer.zero_grad(set_to_none=True)
+    counts = run.skipped.get(name)
+    in_all, in_a_row = torch.zeros(2, dtype=torch.long, device=broken.device) if counts is None else counts
+    run.skipped[name] = torch.stack([in_all + broken, (in_a_row + 1) * broken])
+    if ema is not None:
+        ema.step(parameters, ~broken)
+
+
+def become_average(run, parameters, ema):
+    """{name: parameter} of a stage's student become their average: its result, and the next one's start."""
+    copy_tensors(ema.shadow, parameters)
+    refresh_deepspeed(run)
+
+
+def _step(optimizer, broken):
+    """The optimizer's step, or none where `broken`, a bool on the device."""
     plain = getattr(optimizer, "optimizer", optimizer)
     if getattr(optimizer, "scaler", None) is not None:  # a scaler skips itself, and lowers its scale
         optimizer.step()
@@ -91,9 +115,3 @@ def update(run, optimizer, parameters, ema=None, name="student"):
         optimizer.step()
     elif not broken:  # bitsandbytes' knows no such thing
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    counts = run.skipped.get(name)
-    in_all, in_a_row = torch.zeros(2, dtype=torch.long, device=broken.device) if counts is None else counts
-    run.skipped[name] = torch.stack([in_all + broken, (in_a_row + 1) * broken])
-    if ema is not None:
-        ema.step(parameters, ~broken)

@@ -20,6 +20,7 @@ from common.compression import pruned_models
 from common.compression.manifest import MANIFEST, write_manifest
 from common.compression.quantization import DTYPE, covered_notes, quantize_pipeline, stored_tensors
 from common.contract import CONTRACT, STEPS, parent_source, read_distillation, write_distillation
+from common.engines import whole
 from common.lora import WEIGHTS, is_hub_id, merge_lora, save_lora
 from common.pipelines import load_pipeline
 from common.schedulers import saved_scheduler
@@ -35,6 +36,7 @@ def save_student(run, parts, scheduler, contract, title, notes, name="final", so
     is saved as a LoRA. The other components come from disk, not rounded: from `source`, a folder, or else the teacher
     that the contract names. notes: {name: value}, of the card; manifest: compression.json of a smaller student.
     """
+    parts = {component: whole(run, module, device="cpu") for component, module in parts.items()}
     if run.accelerator.is_main_process:
         folder = (run.folder / name).absolute()
         load = {} if source else {"revision": contract["revision"], "variant": contract["variant"]}

@@ -13,23 +13,19 @@ import signal
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from common import checkpoint as checkpoints
+from common.engines import engine_of, local, open_accelerator
 from common.errors import CheckpointError, UsageError, UserError, first_line
-from common.hooks import register_checkpoint_hooks
+from common.hooks import WHOLE_OPTIMIZER, load_cut, register_checkpoint_hooks, save_cut
 from common.hub import upload
 from common.identity import identity_of
 from common.memory import keep_freed_memory
@@ -61,24 +57,23 @@ def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
         project_dir=folder,
         kwargs_handlers=[ddp],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UsageError(
-            "this script runs under DDP only: its averages and checkpoints need whole weights on every "
-            "GPU; launch it with accelerate_configs/multi_gpu.yaml."
-        )
-    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
     def decide():
-        identity = {**identity_of(args), "mixed_precision": accelerator.mixed_precision}
+        identity = {**identity_of(args), "mixed_precision": precision}
         checkpoint = checkpoints.find_checkpoint(folder, args.resume_from_checkpoint)
+        split = [args.train_batch_size, accelerator.num_processes, args.gradient_accumulation_steps]
         if checkpoint:
-            checkpoints.check_same_run(checkpoint, identity, global_batch_size)
+            split = checkpoints.split_as_before(checkpoint, *split)
+            checkpoints.check_same_run(checkpoint, identity, math.prod(split))
         checkpoints.lock_folder(folder)  # first: what another run has written by now counts
         checkpoints.refuse_other_run(folder, checkpoint, args.overwrite_output_dir, args.resume_from_checkpoint)
         checkpoints.make_folder(folder, checkpoint, args.resume_from_checkpoint)
-        return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}, identity
+        return checkpoint, checkpoints.read_state(checkpoint) if checkpoint else {}, identity, split
 
-    checkpoint, saved, identity = on_main_process(accelerator, decide)
+    checkpoint, saved, identity, split = on_main_process(accelerator, decide)
+    args.train_batch_size, _, args.gradient_accumulation_steps = split
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     check_shared(accelerator, folder, checkpoint)
     if args.resume_from_checkpoint:
         accelerator.print(
@@ -99,15 +94,9 @@ def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
     phases = Phases(accelerator.device)
-    return Run(args, accelerator, folder, checkpoint, identity, global_batch_size, stop, step, state, phases, watch)
-
-
-def open_accelerator(args, kwargs_handlers=(), **options):
-    """accelerate's, its processes joined: by --mixed_precision, and --ddp_timeout for each other."""
-    no_gpu = None if torch.accelerator.is_available() else True  # told so, accelerate joins several processes by gloo
-    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))
-    handlers = [timeout, *kwargs_handlers]
-    return Accelerator(cpu=no_gpu, mixed_precision=args.mixed_precision, kwargs_handlers=handlers, **options)
+    run = Run(args, accelerator, folder, checkpoint, identity, math.prod(split), stop, step, state, phases, watch)
+    run.engine, run.mixed_precision = engine_of(accelerator), precision
+    return run
 
 
 def on_main_process(accelerator, decide):
@@ -197,6 +186,9 @@ class Run:
     state: dict
     phases: Phases
     watch: object = None  # common/memory.py's Watch: what memory it was expected to take, and takes
+    engine: str = "ddp"  # or "fsdp2", "zero2"; see common/engines.py
+    mixed_precision: str = "no"
+    skeletons: list = field(default_factory=list)  # (what an engine has, a copy of it without memory)
     trained: dict = field(default_factory=dict)  # name to {name: parameter}
     averages: dict = field(default_factory=dict)  # name to EMA
     norms: dict = field(default_factory=dict)  # name to the last gradient norm; see common/optimization.py
@@ -215,7 +207,7 @@ class Run:
     @property
     def dtype(self):
         """The compute dtype, of what is frozen."""
-        return compute_dtype(self.accelerator.mixed_precision)
+        return compute_dtype(self.mixed_precision)
 
     def register(self, trained, averages):
         """Say what checkpoints hold, load the one that the run resumes from, start trackers and bar.
@@ -230,7 +222,9 @@ class Run:
             return
         register_checkpoint_hooks(self.accelerator, self.trained, self.averages)
         if self.checkpoint:
-            checkpoints.load_checkpoint(self.accelerator, self.checkpoint)
+            alike = self.engine == "ddp" and (self.checkpoint / WHOLE_OPTIMIZER).is_file()
+            read = self.accelerator.load_state if alike else partial(load_cut, self)
+            checkpoints.load_checkpoint(self.accelerator, self.checkpoint, read)
             for name, ema in averages.items():
                 ema.updates = self.state["averaged"][name]
         for name, counts in self.state.setdefault("skipped", {}).items():
@@ -354,7 +348,7 @@ class Run:
         if not (now or last or self.step % self.args.checkpointing_steps == 0):
             return
         for name, tensors in [*self.trained.items(), *((name, ema.shadow) for name, ema in self.averages.items())]:
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            if not self._all_finite(tensors):
                 raise UsageError(
                     f"the weights of the {name} are no longer finite at step {self.step}, which is not "
                     "saved; older checkpoints stay. Start from one of them, or again, with a lower "
@@ -364,22 +358,34 @@ class Run:
         self.state["skipped"] = {name: counts.tolist() for name, counts in self.skipped.items()}
         healthy = all(in_a_row == 0 for _, in_a_row in self.state["skipped"].values())
         try:
-            checkpoints.save_checkpoint(
-                self.accelerator,
-                self.folder,
-                self.step,
-                self.identity,
-                self.global_batch_size,
-                self.args.max_train_steps,
-                self.state,
-                self.args.checkpoints_total_limit if healthy else None,
-            )
+            write = self.accelerator.save_state if self.engine == "ddp" else partial(save_cut, self)
+            limit = self.args.checkpoints_total_limit if healthy else None
+            checkpoints.save_checkpoint(self.accelerator, self.folder, self.step, write, self._described(), limit)
         except CheckpointError as error:
             if now or last:
                 raise
             self.accelerator.print(f"warning: {error} The run goes on, and tries again when the next one is due.")
         if last:
             self.check_finite()
+
+    def _all_finite(self, tensors):
+        """Whether {name: tensor} are finite, on every process: the parts of others too."""
+        finite = all(bool(local(tensor.detach()).isfinite().all()) for tensor in tensors.values())
+        return finite if self.engine == "ddp" else all(gather_object([finite]))
+
+    def _described(self):
+        """{name: value} of what a checkpoint's STATE says of the run."""
+        return {
+            "max_train_steps": self.args.max_train_steps,
+            "global_batch_size": self.global_batch_size,
+            "split": [
+                self.args.train_batch_size,
+                self.accelerator.num_processes,
+                self.args.gradient_accumulation_steps,
+            ],
+            "arguments": self.identity,
+            "state": self.state,
+        }
 
     def check_finite(self):
         """UsageError where the last loss was not finite: what is trained is then no output."""

@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from common.arguments import ByModel
 from common.cache import check_same, made_by, made_of, read_index, take_flags
 from common.contract import TINY_SD, comes_from_tiny_sd
+from common.engines import check_engine
 from common.errors import DataError, UsageError
 from common.hub import check_hub
 from common.lora import settle_lora
@@ -20,13 +21,15 @@ from common.single_file import pipeline_folder
 LARGE = 256  # pixels per side of a model's images, from which on it is none for a laptop
 
 
-def settle(args, transformers=False, needs_data=True):
+def settle(args, transformers=False, needs_data=True, unsharded=None):
     """Settle what the shared flags leave open (model, data, resolution, LoRA); refuse what can't work.
 
     From flags and config files alone. transformers: whether pipelines without a UNet are taken too; needs_data:
-    whether a model of one's own needs data of one's own. Raises UsageError and ModelError.
+    whether a model of one's own needs data of one's own; unsharded: of check_engine. Raises UsageError and ModelError.
     """
     check_hardware(args)
+    if hasattr(args, "train_batch_size"):
+        check_engine(args, args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), unsharded)
     check_tracker(args)
     if hasattr(args, "lora_rank"):
         settle_lora(args)

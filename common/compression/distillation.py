@@ -44,10 +44,13 @@ class Student(torch.nn.Module):
         return self.unet(*inputs, **options)
 
     def features(self, tap, names):
-        """The tapped features, projected, in fp32."""
-        found = (tap.features[name].float() for name in names)
-        keys = (name.replace(".", "_") for name in names)
-        return [self.projections[key](f) if key in self.projections else f for key, f in zip(keys, found)]
+        """The tapped features, projected, in fp32; FSDP2 has gathered the projections, for `forward`, in its dtype."""
+        found = [tap.features[name].float() for name in names]
+        for place, name in enumerate(names):
+            if (key := name.replace(".", "_")) in self.projections:
+                projection = self.projections[key]
+                found[place] = projection(found[place].to(projection.weight.dtype)).float()
+        return found
 
 
 @torch.no_grad()

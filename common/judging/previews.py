@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.conditioning import decode_latents
 from common.contract import STEPS
+from common.engines import made_whole
 from common.frozen import gathered
 
 
@@ -48,19 +49,20 @@ def preview(run, pipeline, scheduler, contract):
     By the main process. The pipeline holds the weights that are to be shown, mostly within `ema.applied(parameters)`.
     """
     args = run.args
-    if run.accelerator.is_main_process:
-        with run.accelerator.autocast():
-            rows = sample_images(
-                pipeline,
-                args.validation_prompts,
-                scheduler,
-                contract["steps"] or STEPS,
-                contract["guidance_scale"],
-                args.resolution,
-                args.seed,
-                args.num_validation_images,
-            )
-        log_images(run.accelerator, run.folder, rows, args.validation_prompts, run.step)
+    with made_whole(run, pipeline):
+        if run.accelerator.is_main_process:
+            with run.accelerator.autocast():
+                rows = sample_images(
+                    pipeline,
+                    args.validation_prompts,
+                    scheduler,
+                    contract["steps"] or STEPS,
+                    contract["guidance_scale"],
+                    args.resolution,
+                    args.seed,
+                    args.num_validation_images,
+                )
+            log_images(run.accelerator, run.folder, rows, args.validation_prompts, run.step)
     run.accelerator.wait_for_everyone()
 
 
