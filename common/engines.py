@@ -207,18 +207,25 @@ def optimizer_states(run, parameters):
             place = parameter._hp_mapping  # what of it this process updates
             if place is None:
                 continue
-            state = optimizer.optimizer.state[optimizer.single_partition_of_fp32_groups[place.param_group_index]]
+            state = _state_of(optimizer.optimizer, optimizer.single_partition_of_fp32_groups[place.param_group_index])
             within = place.hp_fragment_address.start, place.hp_fragment_address.numel
             offset, moments = place.lp_fragment_address.start, {key: state[key].narrow(0, *within) for key in MOMENTS}
         else:
-            state = optimizer.state[parameter]
-            if not state:
-                zero = torch.zeros((), device=parameter.device)
-                state.update(step=zero, **{key: torch.zeros_like(parameter) for key in MOMENTS})
+            state = _state_of(optimizer, parameter)
             offset = part_of(parameter)[0]
             moments = {key: local(state[key].detach()) for key in MOMENTS}
         found.append((name, offset, moments, state))
     return found
+
+
+def _state_of(optimizer, parameter):
+    """An optimizer's state of a parameter: that of its beginning, where it has not stepped yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        counts = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's, on the CPU, keeps a number
+        state["step"] = torch.zeros((), device=parameter.device) if counts else 0
+        state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS})
+    return state
 
 
 def set_step(state, step):

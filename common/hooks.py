@@ -68,7 +68,8 @@ def save_cut(run, folder):
     parts = {}
     for name, offset, moments, state in optimizer_states(run, run.trained["student"]):
         parts.update({f"{moment}.{name}": (offset, value) for moment, value in moments.items()})
-        parts["step"] = 0, torch.as_tensor(state["step"]).cpu()
+        if run.accelerator.is_main_process:
+            parts["step"] = 0, torch.as_tensor(state["step"]).cpu()
     save_parts(folder, "optimizer", parts, run.accelerator.process_index, run.accelerator.num_processes)
 
 
