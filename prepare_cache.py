@@ -47,13 +47,15 @@ from common.conditioning import encode_empty_prompt, encode_images, encode_promp
 from common.contract import read_teacher
 from common.data import read_data
 from common.diffusion import NoiseSchedule, ddim_rollout
+from common.engines import open_accelerator
 from common.errors import DataError, UsageError
 from common.loader import collate, order_of
 from common.pipelines import keep_vae_right, load_pipeline, local_folder
 from common.randomness import sample_generator
-from common.run import STOPPED, on_main_process, open_accelerator, run_script
+from common.run import on_main_process, run_script
 from common.schedulers import student_scheduler, student_timesteps
 from common.settle import compute_dtype_of, settle
+from common.stopping import STOPPED
 
 ENDLESS = 4096  # how many of endless shapes a cache of samples holds, where --max_train_samples doesn't say
 

@@ -244,6 +244,13 @@ def add_checkpoint_arguments(parser, *, output_dir):
     add("--output_dir", default=output_dir, help="where runs are written")
     add("--run_name", help="sub-folder of --output_dir for this run")
     add("--checkpointing_steps", type=positive_int, default=500, help="save checkpoint-N every so many steps")
+    add(
+        "--must_save_by",
+        type=positive_float,
+        metavar="MINUTES",
+        help="a cluster's limit: save, and end with status 75 and a file 'stopped', before so many minutes from the "
+        "start are over (default: no limit)",
+    )
     add("--checkpoints_total_limit", type=positive_int, default=3, help="keep only the newest so many")
     add("--resume_from_checkpoint", help="'latest', checkpoint-N or a path")
     add("--overwrite_output_dir", action="store_true", help="discard the run that the folder holds")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from common.contract import CONTRACT
 from common.errors import CheckpointError, first_line
 from common.identity import check_same
+from common.stopping import STOPPED_MARK
 
 try:
     import fcntl
@@ -190,6 +191,7 @@ def make_folder(folder, checkpoint, resume_from_checkpoint=None):
             os.replace(path, aside)
         else:
             _remove(path)
+    (folder / STOPPED_MARK).unlink(missing_ok=True)
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)

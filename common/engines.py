@@ -21,6 +21,10 @@ from torch.distributed.tensor import DTensor
 from common.errors import UsageError
 
 NAMES = {"fsdp2": "FSDP2", "zero2": "DeepSpeed"}
+ALONE = (
+    "accelerate launch --cpu starts one process, whatever --num_processes and the configuration say. Leave --cpu out: "
+    "without a GPU the scripts take the CPU."
+)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # What FSDP2 gathers at once: the parts of a UNet and of a CLIP text model that most of their weights are in.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
@@ -46,6 +50,9 @@ def check_engine(args, mixed_precision, unsharded=None):
     unsharded: why what the script trains is never sharded, as the beginning of a sentence, or None where it may be.
     """
     engine, _ = launched_engine()
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and not ranks & os.environ.keys():
+        print(f"warning: {ALONE}", flush=True)
     if engine == "ddp":
         return
     if getattr(args, "lora_rank", None) and not unsharded:

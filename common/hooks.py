@@ -50,7 +50,8 @@ def load_weights(folder, trained, emas):
     """The same, from files that hold them whole or in parts. Raises CheckpointError."""
     try:
         for name, parameters in trained.items():
-            for file, targets in ((name, {}), *[(f"{name}_ema", emas[name].shadow)] * (name in emas)):
+            averages = {f"{name}_ema": emas[name].shadow} if name in emas else {}
+            for file, targets in {name: {}, **averages}.items():
                 with Parts(folder, file) as parts:
                     if parts.keys() != parameters.keys():
                         differing = sorted(parts.keys() ^ parameters.keys())

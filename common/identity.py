@@ -22,6 +22,7 @@ FREE_ON_RESUME = {
     "resume_from_checkpoint",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "must_save_by",
     "train_batch_size",
     "gradient_accumulation_steps",
     "dataloader_num_workers",

@@ -9,8 +9,8 @@ import contextlib
 import math
 import os
 import secrets
-import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -31,9 +31,8 @@ from common.identity import identity_of
 from common.memory import keep_freed_memory
 from common.pipelines import compute_dtype
 from common.randomness import seed_all
+from common.stopping import STOPPED_MARK, Stopped, StopSignal
 from common.timing import Phases, Profile, peak_memory
-
-STOPPED = 75  # exit status of a run that a signal ended and that can be resumed (sysexits' EX_TEMPFAIL: try again)
 
 # Opening
 
@@ -90,7 +89,7 @@ def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    stop = StopSignal(timeout if accelerator.num_processes > 1 else None)
+    stop = StopSignal(timeout if accelerator.num_processes > 1 else None, args.must_save_by)
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
     phases = Phases(accelerator.device)
@@ -130,42 +129,6 @@ def check_shared(accelerator, folder, checkpoint):
             f"--output_dir: process {blind[0]} does not see {checkpoint or folder} of process 0: "
             "all machines must share the folder."
         )
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGINT so that a run can save before it ends; a second SIGINT interrupts at once.
-
-    A run whose launcher has died is told so too: `accelerate launch` passes no signal on before it ends.
-    """
-
-    def __init__(self, timeout=None):
-        self.received, self._group = None, None
-        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-        self._launcher = os.getppid() if launched else None
-        if timeout is not None:  # processes agree over the CPU, so that no one waits for a GPU
-            self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        if self.received == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def requested(self):
-        """Whether ANY process was told to stop: all get the same answer, so that they save the same step together."""
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
-        flag = torch.tensor(int(orphaned or self.received is not None))
-        if self._group is not None:
-            torch.distributed.all_reduce(flag, group=self._group)
-        return bool(flag)
-
-
-class Stopped(SystemExit):
-    """Ends a run that a signal has stopped, after its last complete step was saved: exit status STOPPED."""
-
-    def __init__(self):
-        super().__init__(STOPPED)
 
 
 # The run
@@ -248,8 +211,8 @@ class Run:
     def batches(self, loader, updates=1):
         """The micro-batches of one optimizer step, of a loader that goes on from step to step.
 
-        A signal ends the run here, between two of them, where the last complete step is saved; with several `updates`
-        of one step only before the first is made.
+        A signal ends the run here, or --must_save_by, between two of them, where the last complete step is saved; with
+        several `updates` of one step only before the first is made.
         """
         for number in range(self.args.gradient_accumulation_steps * updates):
             if number < self.args.gradient_accumulation_steps:
@@ -267,7 +230,10 @@ class Run:
         self.accelerator.print(f"Stopping after step {self.step}.")
         if self.step:
             self.save(now=True)
-        self.accelerator.print(f"Stopped by a signal after step {self.step}; --resume_from_checkpoint latest goes on.")
+        said = f"Stopped by {self.stop.why} after step {self.step}; --resume_from_checkpoint latest goes on."
+        self.accelerator.print(said)
+        if self.accelerator.is_main_process:
+            (self.folder / STOPPED_MARK).write_text(f"{said}\n")
         self._leave()
         raise Stopped
 
@@ -359,8 +325,9 @@ class Run:
         healthy = all(in_a_row == 0 for _, in_a_row in self.state["skipped"].values())
         try:
             write = self.accelerator.save_state if self.engine == "ddp" else partial(save_cut, self)
-            limit = self.args.checkpoints_total_limit if healthy else None
+            limit, began = self.args.checkpoints_total_limit if healthy else None, time.monotonic()
             checkpoints.save_checkpoint(self.accelerator, self.folder, self.step, write, self._described(), limit)
+            self.stop.saved(time.monotonic() - began)
         except CheckpointError as error:
             if now or last:
                 raise

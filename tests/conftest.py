@@ -364,12 +364,31 @@ def launch_command(script, *arguments, processes=1):
     return [*launcher, str(script), *(str(argument) for argument in arguments)]
 
 
-def fork(script, *arguments, processes=1, cwd=ROOT, output):
-    """Start a script without a launcher and with its libraries loaded; what it says goes to the file `output`."""
+def engine_environment(config, *more):
+    """What `accelerate launch --config_file accelerate_configs/<config>.yaml` tells a script by its environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    line = ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), "--main_process_port", "0", *more]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*line, "script.py"]))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        told = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        told = prepare_multi_gpu_env(args)
+    kept = {key: value for key, value in told.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**kept, "ACCELERATE_USE_CPU": "false"}
+
+
+def fork(script, *arguments, processes=1, cwd=ROOT, output, told=None):
+    """Start a script without a launcher and with its libraries loaded; what it says goes to the file `output`.
+
+    told: more of its environment, such as engine_environment's.
+    """
     from forking import Forked
 
     Path(output).touch()
-    return Forked(script, arguments, environment(), cwd, output, processes)
+    return Forked(script, arguments, {**environment(), **(told or {})}, cwd, output, processes, told is not None)
 
 
 def launch(script, *arguments, processes=1, cwd=ROOT, check=True):

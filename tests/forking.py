@@ -26,11 +26,14 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, 
 
 
 class Forked:
-    """A script in one process or several, which find each other over gloo. As subprocess.Popen: pid is the first's."""
+    """A script in one process or several, which find each other over gloo. As subprocess.Popen: pid is the first's.
 
-    def __init__(self, script, arguments, environment, cwd, output, processes=1):
+    joined: whether one process too is told of a world, as a launcher of several tells it.
+    """
+
+    def __init__(self, script, arguments, environment, cwd, output, processes=1, joined=False):
         environments = [environment]
-        if processes > 1:
+        if processes > 1 or joined:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = str(free.getsockname()[1])

@@ -19,6 +19,7 @@ QUICK += ["--checkpoints_total_limit", 99]
 # Adam divides by the gradient's size: with its usual epsilon a rounding error in a tiny gradient would count in full.
 QUICK += ["--adam_epsilon", 1e-4]
 SHAPES = ["--dataset_name", "shapes"]
+SPLIT = dict(atol=2e-5, rtol=1e-3)  # the order of a sum, through Adam
 
 
 def quick(pipelines, folder, *more, kind="sd", steps=2, data=SHAPES):

@@ -29,8 +29,8 @@ from common.judging.metrics import load_lpips
 from common.judging.previews import image_grid
 from common.optimization import learning_rate_at
 from common.pipelines import load_pipeline, read_pipeline_config
-from common.run import StopSignal
 from common.settle import use_embedded_default
+from common.stopping import StopSignal
 
 
 def parameters(seed=0):

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from launching import (
     SCRIPTS,
     SHAPES,
+    SPLIT,
     assert_every_flag_has_help,
     assert_same,
     checkpoint_tensors,
@@ -45,8 +46,8 @@ from common.errors import UsageError
 from common.lora import WEIGHTS, add_lora
 from common.outputs import open_output, save_student
 from common.pipelines import load_pipeline
-from common.run import STOPPED, StopSignal
 from common.schedulers import student_scheduler
+from common.stopping import STOPPED, StopSignal
 
 LORA = {
     "train_flash_lora": SCRIPTS["train_flash_lora"],
@@ -58,7 +59,6 @@ LORA = {
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 EVERYTHING = [*FEED_FORWARD, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out", "linear_1"]
-SPLIT = dict(atol=2e-5, rtol=1e-3)  # the order of a sum, through Adam
 
 # Killed, stopped, split
 

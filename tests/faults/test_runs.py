@@ -16,7 +16,7 @@ import train_guided
 from common.checkpoint import checkpoints_in, damage_of, lock_folder, release_locks
 from common.errors import CheckpointError
 from common.identity import fingerprint
-from common.run import STOPPED
+from common.stopping import STOPPED
 
 FAULTY = Path(__file__).parent / "faulty.py"
 SCRIPT = ROOT / "train_guided.py"

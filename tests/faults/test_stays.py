@@ -22,7 +22,8 @@ import inference
 import train_guided
 from common.checkpoint import checkpoints_in
 from common.pipelines import load_pipeline
-from common.run import STOPPED, Run
+from common.run import Run
+from common.stopping import STOPPED
 
 SCRIPT = ROOT / "train_guided.py"
 SCHEDULERS = {
