@@ -88,6 +88,10 @@ def open_accelerator(args, kwargs_handlers=(), **options):
         kind = DistributedType.MULTI_GPU if engine == "fsdp2" else DistributedType.DEEPSPEED
         PartialState._shared_state["distributed_type"] = kind
         no_gpu = None
+        if engine == "zero2":
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # is compiled at first use: gloo will do
     # DeepSpeed would round the weights themselves: under "no" they stay in fp32, and autocast rounds, as elsewhere.
     options["mixed_precision"] = "no" if engine == "zero2" else args.mixed_precision
     accelerator = Accelerator(cpu=no_gpu, kwargs_handlers=[timeout, *kwargs_handlers], **options)
@@ -124,6 +128,7 @@ def prepare(run, module, optimizer):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's own is as fast there, and nothing is to be compiled
     student, optimizer = accelerator.prepare(module, optimizer)
     if run.engine == "zero2":
         accelerator.deepspeed_engine_wrapped = StepLater(student)
@@ -229,18 +234,9 @@ def _state_of(optimizer, parameter):
     """An optimizer's state of a parameter: that of its beginning, where it has not stepped yet."""
     state = optimizer.state[parameter]
     if not state:
-        counts = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's, on the CPU, keeps a number
-        state["step"] = torch.zeros((), device=parameter.device) if counts else 0
+        state["step"] = torch.zeros((), device=parameter.device)
         state.update({key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS})
     return state
-
-
-def set_step(state, step):
-    """How many updates an optimizer's state has seen, a tensor or a number as it keeps it."""
-    if isinstance(state["step"], torch.Tensor):
-        state["step"].fill_(float(step))
-    else:
-        state["step"] = int(step)
 
 
 def refresh_deepspeed(run):
@@ -253,9 +249,8 @@ def forget(run, optimizer):
     """Let an optimizer begin anew."""
     if run.engine == "zero2":  # which has its moments' memory in other places too
         for state in optimizer.optimizer.optimizer.state.values():
-            for key in MOMENTS:
+            for key in (*MOMENTS, "step"):
                 state[key].zero_()
-            set_step(state, 0)
     else:
         optimizer.state.clear()
 

@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from common.engines import optimizer_states, part_of, refresh_deepspeed, set_step
+from common.engines import optimizer_states, part_of, refresh_deepspeed
 from common.errors import CheckpointError, first_line
 from common.parts import Parts, save_parts
 
@@ -70,7 +70,7 @@ def save_cut(run, folder):
     for name, offset, moments, state in optimizer_states(run, run.trained["student"]):
         parts.update({f"{moment}.{name}": (offset, value) for moment, value in moments.items()})
         if run.accelerator.is_main_process:
-            parts["step"] = 0, torch.as_tensor(state["step"]).cpu()
+            parts["step"] = 0, state["step"].cpu()
     save_parts(folder, "optimizer", parts, run.accelerator.process_index, run.accelerator.num_processes)
 
 
@@ -83,16 +83,16 @@ def load_cut(run, folder):
     if file.is_file():
         saved = torch.load(file, map_location="cpu", weights_only=True)["state"]
         whole = dict(zip(parameters, (saved[index] for index in sorted(saved))))
-        for name, offset, moments, state in optimizer_states(run, parameters):
+        for name, offset, moments, state in optimizer_states(run, parameters) if saved else ():  # begun anew
             for moment, value in moments.items():
                 value.copy_(whole[name][moment].flatten()[offset : offset + value.numel()].view(value.shape))
-            set_step(state, whole[name]["step"])
+            state["step"].copy_(whole[name]["step"])
         return
     with Parts(folder, "optimizer") as parts:
         for name, offset, moments, state in optimizer_states(run, parameters):
             for moment, value in moments.items():
                 value.copy_(parts.read(f"{moment}.{name}", offset, value.numel()).view(value.shape))
-            set_step(state, parts.read("step", 0, 1))
+            state["step"].copy_(parts.read("step", 0, 1)[0])
 
 
 class FeatureTap:
