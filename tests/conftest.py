@@ -380,15 +380,23 @@ def engine_environment(config, *more):
     return {**kept, "ACCELERATE_USE_CPU": "false"}
 
 
-def fork(script, *arguments, processes=1, cwd=ROOT, output, told=None):
+def fork(script, *arguments, processes=1, cwd=ROOT, output, told=None, joined=None):
     """Start a script without a launcher and with its libraries loaded; what it says goes to the file `output`.
 
-    told: more of its environment, such as engine_environment's.
+    told: more of its environment, such as engine_environment's, of processes that a launcher has joined.
     """
     from forking import Forked
 
     Path(output).touch()
-    return Forked(script, arguments, {**environment(), **(told or {})}, cwd, output, processes, told is not None)
+    return Forked(
+        script,
+        arguments,
+        {**environment(), **(told or {})},
+        cwd,
+        output,
+        processes,
+        told is not None if joined is None else joined,
+    )
 
 
 def launch(script, *arguments, processes=1, cwd=ROOT, check=True):

@@ -1,18 +1,26 @@
 """FSDP2 and ZeRO-2: what they train is what DDP trains, and their checkpoints go on under any engine."""
 
 import importlib
+import os
 import shutil
+import signal
 
 import pytest
 import torch
-from conftest import ROOT, engine_environment, run_in_process
-from launching import SCRIPTS, SPLIT, flags, fork_and_wait
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from conftest import ROOT, engine_environment, fork, run_in_process
+from launching import SCRIPTS, SPLIT, error_of, flags, fork_and_wait, wait_for
 from safetensors.torch import load_file
 
+from benchmarks.processes import losses
+from common.checkpoint import checkpoints_in, damage_of, read_state
 from common.parts import Parts
+from common.stopping import STOPPED
 
 CONFIGS = {"fsdp2": "fsdp2", "zero2": "deepspeed_zero2", "offload": "deepspeed_zero2_offload"}
 SHARDED = [name for name in SCRIPTS if name not in ("train_flash_lora", "train_add")]
+DOCUMENT = (ROOT / "docs/distributed.md").read_text()
 LATEST = ["--resume_from_checkpoint", "latest"]
 
 each_sharded = pytest.mark.parametrize(
@@ -111,3 +119,202 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
         same = (other, processes) == (engine, 2)
         tolerance = dict(atol=0, rtol=0) if same else SPLIT
         assert_close(contents(folder / "checkpoint-4", ("student", "student_ema", "optimizer")), last, **tolerance)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "offload"])
+@pytest.mark.xdist_group("train_student_kd")
+def test_half_precision_learned_projections_and_a_judge(pipelines, students, tmp_path, engine):
+    """bf16 is the computation's alone; a student of half the width learns projections, and best/ is judged by all."""
+    student = students("sd", "sd_small", (8, 16))
+    line = ["--student_model", student, "--batch_size", 2, "--mixed_precision", "bf16", "--eval_steps", 2]
+    line += ["--num_eval_images", 3, "--eval_inference_steps", 2, "--export", "fp16", "--gradient_checkpointing"]
+    run_under(engine, tmp_path, "train_student_kd", *whole(pipelines, "train_student_kd", tmp_path, *line))
+    before = load_file(student / "unet/diffusion_pytorch_model.safetensors")
+    for name in ("best", "final"):
+        after = load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
+        assert after.keys() == before.keys() and {tensor.dtype for tensor in after.values()} == {torch.float32}
+        assert all(tensor.isfinite().all() and not torch.equal(tensor, before[key]) for key, tensor in after.items())
+    assert (tmp_path / "final-fp16/model_index.json").is_file()
+    projections = [key for file, key in contents(tmp_path / "checkpoint-4") if key.startswith("projections.")]
+    assert len(projections) > 2
+
+
+@pytest.mark.parametrize("config", ["cpu", "fsdp2", "deepspeed_zero2"])
+@pytest.mark.xdist_group("twenty")
+def test_twenty_losses_of_two_processes_are_those_of_one(pipelines, twenty_losses, tmp_path, config):
+    """Within 1e-5, at AdamW's usual epsilon."""
+    told = engine_environment(config, "--mixed_precision", "no")
+    line = long_run(pipelines, tmp_path, "--batch_size", 2)
+    fork_and_wait(tmp_path, ROOT / "train_guided.py", *line, processes=2, told=told)
+    for ours, theirs in zip(losses(tmp_path), twenty_losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def long_run(pipelines, folder, *more):
+    usual = ["--report_to", "tensorboard", "--adam_epsilon", 1e-8, "--checkpointing_steps", 100]
+    return whole(pipelines, "train_guided", folder, *usual, "--max_steps", 20, *more)
+
+
+@pytest.fixture(scope="session")
+def twenty_losses(pipelines, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twenty")
+    run_in_process(importlib.import_module("train_guided"), *long_run(pipelines, folder))
+    found = losses(folder)
+    assert len(found) == 20 and len(set(found)) == 20
+    return found
+
+
+@pytest.mark.xdist_group("train_student_kd")
+def test_a_gradient_that_is_not_finite_costs_one_update(pipelines, students, tmp_path):
+    """Under either engine, too: where one process has it all skip, and go on."""
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    for engine in ("fsdp2", "zero2"):
+        folder = tmp_path / engine
+        line = whole(pipelines, "train_student_kd", folder, "--batch_size", 2, "--checkpointing_steps", 1)
+        told = engine_environment(CONFIGS[engine], "--mixed_precision", "no")
+        script = ROOT / "train_student_kd.py"
+        fork_and_wait(tmp_path, tmp_path / "spoilt.py", script, *line, processes=2, told=told)
+        one, two, three = (contents(folder / f"checkpoint-{step}") for step in (1, 2, 3))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert all(three[key].isfinite().all() for key in three)
+        assert not any(torch.equal(two[key], three[key]) for key in two if key[0] == "student_ema")
+        states = [read_state(folder / f"checkpoint-{step}")["state"] for step in (1, 2, 3)]
+        assert [state["skipped"]["student"] for state in states] == [[0, 0], [1, 1], [1, 0]]
+        assert [state["averaged"]["student"] for state in states] == [1, 1, 2]
+
+
+SPOILT = """
+import os, runpy, sys
+from accelerate import Accelerator
+backward, calls = Accelerator.backward, []
+def spoilt(self, loss):
+    calls.append(loss)
+    backward(self, loss * float("nan") if len(calls) == 2 and os.environ["RANK"] == "1" else loss)
+Accelerator.backward = spoilt
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# Refusals
+
+
+def asked(monkeypatch, config, *more):
+    for key, value in engine_environment(config, *more).items():
+        monkeypatch.setenv(key, value)
+
+
+REFUSED = [
+    ("train_flash_lora", [], "a LoRA has a few megabytes"),
+    ("train_guided", ["--lora_rank", 4], "a LoRA has a few megabytes"),
+    ("train_add", [], "student and discriminator are two models"),
+    ("train_add", ["--lora_rank", 4], "student and discriminator are two models"),
+    ("optimize_sds", [], "images or a volume are optimized"),
+    ("train_guided", ["--torch_compile"], "--torch_compile is not for"),
+]
+
+
+@pytest.mark.parametrize("config, engine", [("fsdp2", "FSDP2"), ("deepspeed_zero2", "DeepSpeed")])
+@pytest.mark.parametrize("name, more, reason", REFUSED)
+def test_what_no_engine_shards_is_refused_at_once(monkeypatch, tmp_path, capsys, name, more, reason, config, engine):
+    asked(monkeypatch, config, "--mixed_precision", "no")
+    error = error_of(importlib.import_module(name), ["--output_dir", tmp_path / "run", *more], capsys)
+    assert error.startswith(f"error: {engine}") or error.startswith("error: --torch_compile")
+    assert reason in error and "accelerate_configs/multi_gpu.yaml" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+CONFIGURED = [
+    ("fsdp2", {"FSDP_VERSION": "1"}, [], "fsdp_version: 2"),
+    ("fsdp2", {}, ["--channels_last"], "--channels_last is not for FSDP2"),
+    ("deepspeed_zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "ZeRO's stage 2 alone"),
+    ("deepspeed_zero2", {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, [], "no configuration file of its own"),
+]
+
+
+@pytest.mark.parametrize("config, changed, more, reason", CONFIGURED)
+def test_another_configuration_is_refused_at_once(monkeypatch, tmp_path, capsys, config, changed, more, reason):
+    asked(monkeypatch, config, "--mixed_precision", "no")
+    for key, value in changed.items():
+        monkeypatch.setenv(key, value)
+    error = error_of(importlib.import_module("train_guided"), ["--output_dir", tmp_path / "run", *more], capsys)
+    assert reason in error and error.count("\n") == 1
+
+
+def test_magnitude_pruning_is_not_recovered_under_deepspeed(monkeypatch, tmp_path, capsys):
+    asked(monkeypatch, "deepspeed_zero2", "--mixed_precision", "no")
+    line = ["--method", "magnitude", "--output_dir", tmp_path / "run"]
+    assert "--method magnitude masks gradients" in error_of(
+        importlib.import_module("prune_and_quantize"), line, capsys
+    )
+
+
+def test_a_launcher_told_cpu_is_said_to_start_one_process(pipelines, tmp_path):
+    """As it does whatever --num_processes says, and without the engine of its configuration."""
+    told = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    process = fork(ROOT / "train_guided.py", "--dry_run", output=tmp_path / "said.txt", told=told, joined=False)
+    assert process.wait() == 0 and "warning: accelerate launch --cpu starts one process" in said(tmp_path)
+
+
+def said(folder):
+    return (folder / "said.txt").read_text()
+
+
+# Configurations
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "accelerate_configs").iterdir()), ids=lambda file: file.stem)
+def test_every_configuration_is_short_and_known_to_accelerate(file):
+    lines = file.read_text().splitlines()
+    assert 16 <= len(lines) <= 30 and lines[0].startswith("# ")
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "x.py"]))
+    assert args.mixed_precision in ("no", "fp16", "bf16") and f"accelerate_configs/{file.name}" in DOCUMENT
+    unknown = [key for key in yaml.safe_load(file.read_text()).get("fsdp_config", {}) if not hasattr(args, key)]
+    assert not unknown
+
+
+@pytest.mark.fault("kill -9 of one of two FSDP2 processes while it saves its part", "the one before it is whole")
+@pytest.mark.xdist_group("train_guided")
+def test_a_part_that_was_not_written_makes_no_checkpoint(pipelines, tmp_path):
+    (tmp_path / "torn.py").write_text(TORN)
+    line = whole(pipelines, "train_guided", tmp_path / "run", "--batch_size", 2)
+    told = engine_environment("fsdp2", "--mixed_precision", "no")
+    command = [tmp_path / "torn.py", ROOT / "train_guided.py", *line]
+    process = fork(*command, processes=2, output=tmp_path / "torn.txt", told=told)
+    assert process.wait() == -signal.SIGKILL
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2]
+    run_under("fsdp2", tmp_path, "train_guided", *line, *LATEST)
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2, 4]
+    assert (tmp_path / "run/final").is_dir() and not list((tmp_path / "run").glob(".*.tmp"))
+
+
+TORN = """
+import os, runpy, signal, sys
+import safetensors.torch
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from common import hooks
+save = hooks.save_parts
+def torn(folder, name, *rest):
+    if os.environ["RANK"] == "1" and folder.endswith(".checkpoint-4.tmp") and name == "optimizer":
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(folder, name, *rest)
+hooks.save_parts = torn
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.fault("SIGTERM to one of two FSDP2 processes", "both save the same step, each its part, and end with 75")
+@pytest.mark.xdist_group("train_guided")
+def test_sigterm_to_one_of_two_saves_both_parts(pipelines, tmp_path):
+    line = whole(pipelines, "train_guided", tmp_path / "run", "--batch_size", 2, "--max_steps", 100000)
+    told = engine_environment("fsdp2", "--mixed_precision", "no")
+    process = fork(ROOT / "train_guided.py", *line, processes=2, output=tmp_path / "said.txt", told=told)
+    wait_for((tmp_path / "run/checkpoint-2/state.json").is_file, process)
+    os.kill(process.pids[1], signal.SIGTERM)
+    assert process.wait() == STOPPED and set(process._codes.values()) == {STOPPED}
+    last, checkpoint = checkpoints_in(tmp_path / "run")[-1]
+    assert damage_of(checkpoint) is None and f"after step {last};" in said(tmp_path)
+    (checkpoint / "student-00001-of-00002.safetensors").unlink()
+    assert "student-00001-of-00002.safetensors is missing" in damage_of(checkpoint)

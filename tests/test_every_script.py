@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from conftest import ROOT, environment, launch_command, read_json, run_in_process
 from diffusers import DiffusionPipeline
 from launching import (
@@ -546,14 +545,6 @@ def test_a_torn_checkpoint_is_one_sentence(pipelines, uninterrupted, tmp_path, c
     error = error[error.index("error: ") :]
     assert "checkpoint-2" in error and error.count("\n") == 1
     assert (tmp_path / "checkpoint-2").is_dir()  # nothing is removed that a person might mend
-
-
-@every_script
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED], ids=["fsdp", "deepspeed"])
-def test_sharded_training_is_refused(pipelines, tmp_path, monkeypatch, name, kind):
-    monkeypatch.setattr(common.run, "Accelerator", lambda **options: SimpleNamespace(distributed_type=kind))
-    with pytest.raises(UsageError, match="DDP only"):
-        run_in_process(importlib.import_module(name), *flags(pipelines, name, tmp_path))
 
 
 @every_script

@@ -199,7 +199,7 @@ def test_a_failing_save_leaves_the_older_checkpoint(tmp_path):
             raise OSError("no space left on device")
 
     with pytest.raises(CheckpointError, match="checkpoint-6 can't be written into .*no space left on device"):
-        save_checkpoint(Failing, tmp_path, 6, {}, 4, 6, {}, total_limit=1)
+        save_checkpoint(Failing, tmp_path, 6, Failing.save_state, {}, total_limit=1)
     assert [step for step, _ in checkpoints_in(tmp_path)] == [3] and not list(tmp_path.glob(".*.tmp"))
 
 
