@@ -49,7 +49,7 @@ def check_engine(args, mixed_precision, unsharded=None):
 
     unsharded: why what the script trains is never sharded, as the beginning of a sentence, or None where it may be.
     """
-    engine, _ = launched_engine()
+    engine, offloaded = launched_engine()
     ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
     if parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and not ranks & os.environ.keys():
         print(f"warning: {ALONE}", flush=True)
@@ -62,6 +62,8 @@ def check_engine(args, mixed_precision, unsharded=None):
         raise UsageError(f"{name}: {unsharded}: {instead}.")
     if engine == "fsdp2" and os.environ.get("FSDP_VERSION") != "2":
         raise UsageError("FSDP: version 2 alone is taken here: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml.")
+    if engine == "fsdp2" and offloaded:
+        raise UsageError("fsdp_offload_params: use accelerate_configs/deepspeed_zero2_offload.yaml instead.")
     if engine == "zero2" and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
         raise UsageError("DeepSpeed: no configuration file of its own is taken: use accelerate_configs/.")
     if engine == "zero2" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "2":

@@ -388,15 +388,8 @@ def fork(script, *arguments, processes=1, cwd=ROOT, output, told=None, joined=No
     from forking import Forked
 
     Path(output).touch()
-    return Forked(
-        script,
-        arguments,
-        {**environment(), **(told or {})},
-        cwd,
-        output,
-        processes,
-        told is not None if joined is None else joined,
-    )
+    joined = told is not None if joined is None else joined
+    return Forked(script, arguments, {**environment(), **(told or {})}, cwd, output, processes, joined)
 
 
 def launch(script, *arguments, processes=1, cwd=ROOT, check=True):

@@ -227,6 +227,7 @@ def test_what_no_engine_shards_is_refused_at_once(monkeypatch, tmp_path, capsys,
 
 CONFIGURED = [
     ("fsdp2", {"FSDP_VERSION": "1"}, [], "fsdp_version: 2"),
+    ("fsdp2", {"FSDP_OFFLOAD_PARAMS": "true"}, [], "use accelerate_configs/deepspeed_zero2_offload.yaml"),
     ("fsdp2", {}, ["--channels_last"], "--channels_last is not for FSDP2"),
     ("deepspeed_zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "ZeRO's stage 2 alone"),
     ("deepspeed_zero2", {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, [], "no configuration file of its own"),
