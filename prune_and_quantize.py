@@ -319,11 +319,11 @@ def main(args):
         pairs = students.feature_pairs(unet, teacher.unet, None, 0) if args.feature_weight else []
         plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, teacher_path)
         set_up(unet, args, teacher.unet)
+
+        # 3 optimizer, resume
         student, optimizer = prepare(run, plain, adamw(trainable(plain), args))
         parameters = trainable(plain)
         ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-        # 3 resume
         run.register({"student": parameters, **others}, {"student": ema})
         zeros = {name: p == 0 for name, p in parameters.items()} if args.method == "magnitude" else {}
 

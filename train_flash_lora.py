@@ -158,11 +158,11 @@ def main(args):
     # 2 trained, in fp32
     unet = student_unet(args, pipeline)
     set_up(unet, args, teacher)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     parameters = trainable(unet)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     cycle = {"cycle_steps": args.cache_rollouts, "read_again": not args.cache_rollouts}
     loader = iter(build_dataloader(dataset, args, accelerator, run.step, **cycle))

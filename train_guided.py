@@ -145,11 +145,11 @@ def main(args):
     # 2 trained, in fp32
     unet = student_unet(args, pipeline, embedded)
     set_up(unet, args, teacher)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     parameters = trainable(unet)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
 

@@ -191,14 +191,14 @@ def main(args):
     unet = student_unet(args, pipeline, embedded)
     target_unet = unet if args.lora_rank else copy.deepcopy(unet).requires_grad_(False)
     set_up(unet, args, teacher, target_unet)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     if not args.lora_rank:
         shard_frozen(run, target_unet)
     parameters = trainable(unet)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
     slow = {} if args.lora_rank else {"target": dict(target_unet.named_parameters())}
-
-    # 3 resume, data
     run.register({"student": parameters, **slow}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
     rollouts = Rollouts(pipeline, args.resolution)

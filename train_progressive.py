@@ -358,6 +358,8 @@ def main(args):
     # 2 trained, in fp32; teacher_parameters, what a student hands on to the next stage's teacher: all, or its LoRA
     unet = student_unet(args, pipeline)
     set_up(unet, args, teacher)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
     parameters = trainable(unet)
     if args.lora_rank:
@@ -365,8 +367,6 @@ def main(args):
     else:
         teacher_parameters = dict(teacher.named_parameters())
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-    # 3 resume, data
     run.register({"student": parameters, "teacher": teacher_parameters}, {"student": ema})
     check_stage(run, lengths)
     rollouts = Rollouts(pipeline, args.resolution)

@@ -353,11 +353,11 @@ def main(args):
     empty = unconditional, teacher_unconditional
     plain, tap, teacher_tap = make_student(args, run, pipeline, teacher, empty, pairs, args.student_model)
     set_up(unet, args, teacher.unet)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, plain, adamw(trainable(plain), args))
     parameters = trainable(plain)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
     evaluation = Evaluation(args, accelerator) if args.eval_steps else None

@@ -278,11 +278,11 @@ def main(args):
     set_up(encoder, args)
     if args.through_unet:
         set_up(unet, args)
+
+    # 3 optimizer, resume, data
     student, optimizer = prepare(run, encoder, adamw(trainable(encoder), args))
     parameters = trainable(encoder)
     ema = EMA(parameters, args.ema_decay, args.offload_ema)
-
-    # 3 resume, data
     run.register({"student": parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step))
 

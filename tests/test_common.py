@@ -1,15 +1,19 @@
 """The small parts that every script stands on: averages, taps, folders, signals, arguments, configurations."""
 
 import json
+import math
 import os
 import shutil
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, random_pipeline, save_random_vgg16
 
+import common.stopping
 from common import arguments
 from common.checkpoint import (
     FinalFolder,
@@ -19,6 +23,7 @@ from common.checkpoint import (
     make_folder,
     read_state,
     refuse_other_run,
+    split_as_before,
 )
 from common.contract import TINY_SD, write_distillation
 from common.ema import EMA, copy_tensors
@@ -30,7 +35,7 @@ from common.judging.previews import image_grid
 from common.optimization import learning_rate_at
 from common.pipelines import load_pipeline, read_pipeline_config
 from common.settle import use_embedded_default
-from common.stopping import StopSignal
+from common.stopping import StopSignal, Time, age
 
 
 def parameters(seed=0):
@@ -127,6 +132,36 @@ def test_a_run_is_continued_only_with_the_same_maths(tmp_path):
         check_same_run(tmp_path / "checkpoint-5", {"seed": 0}, 8)
 
 
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ((4, 2, 2), (4, 2, 2)),  # as before
+        ((4, 1, 2), (4, 1, 4)),  # fewer processes accumulate more
+        ((4, 4, 2), (4, 4, 1)),  # more processes, less
+        ((4, 8, 2), (2, 8, 1)),  # and where that is not enough, smaller micro-batches
+        ((8, 1, 2), (8, 1, 2)),  # as asked for, where that is the same global batch
+        ((3, 1, 1), (2, 1, 8)),  # of the next smaller size that divides it
+        ((1, 16, 1), (1, 16, 1)),
+    ],
+)
+def test_another_number_of_processes_keeps_the_global_batch(tmp_path, capsys, asked, found):
+    make_checkpoint(tmp_path, 5, global_batch_size=16, split=[4, 2, 2])
+    assert tuple(split_as_before(tmp_path / "checkpoint-5", *asked)) == found
+    said = capsys.readouterr().out
+    assert ("The global batch stays 16" in said) == (found != (4, 2, 2)) and math.prod(found) == 16
+
+
+def test_processes_that_can_not_share_the_global_batch_are_refused(tmp_path):
+    make_checkpoint(tmp_path, 5, global_batch_size=16, split=[4, 2, 2])
+    for processes in (3, 32):
+        with pytest.raises(CheckpointError, match=f"global batch of 16, which {processes} processes can't share"):
+            split_as_before(tmp_path / "checkpoint-5", 4, processes, 2)
+    # By the same number it is what was asked for, which is another run's.
+    assert split_as_before(tmp_path / "checkpoint-5", 8, 2, 2) == [8, 2, 2]
+    make_checkpoint(tmp_path, 6, global_batch_size=16)  # of a version that did not say
+    assert split_as_before(tmp_path / "checkpoint-6", 4, 2, 1) == [4, 2, 1]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 5}', '{"step": "x", "arguments": {}, "state": {}}'])
 def test_a_state_that_can_not_be_read_is_one_sentence(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
@@ -204,6 +239,32 @@ def test_a_final_folder_appears_whole_or_not_at_all(tmp_path):
     with FinalFolder(tmp_path / "final") as folder:
         (folder / "b").write_text("3")
     assert [path.name for path in tmp_path.rglob("*")] == ["final", "b"]
+
+
+def test_time_is_short_before_it_is_over(monkeypatch):
+    """By the longest step, and twice the longest checkpoint; before there was one, a tenth of the time."""
+    now = [0.0]
+    monkeypatch.setattr(common.stopping, "age", lambda: now[0])
+    limit = Time(10)  # 600 seconds, of which 60 are left for a first checkpoint
+    asked = {at: None for at in (100, 130, 150, 509, 511)}
+    for now[0] in asked:
+        asked[now[0]] = limit.is_short()
+    assert asked == {100: False, 130: False, 150: False, 509: True, 511: True}  # its longest step is of 359
+    limit = Time(10)
+    for now[0] in (100, 110, 120):
+        assert not limit.is_short()
+    StopSignal.saved(SimpleNamespace(_time=limit), 20)
+    StopSignal.saved(SimpleNamespace(_time=limit), 5)
+    found = {}
+    for now[0] in range(130, 601, 10):
+        found[now[0]] = limit.is_short()
+    assert [at for at, short in found.items() if short] == list(range(550, 601, 10))
+
+
+def test_a_process_knows_its_age():
+    import psutil
+
+    assert age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=1)
 
 
 def test_signals_are_noted_and_the_second_interrupt_is_at_once():

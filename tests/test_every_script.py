@@ -40,6 +40,7 @@ from launching import (
 from safetensors.torch import load_file
 
 import common.run
+import common.stopping
 from common.checkpoint import checkpoints_in
 from common.errors import UsageError
 from common.lora import WEIGHTS, add_lora
@@ -125,6 +126,24 @@ def test_a_stopped_script_has_an_exit_status_of_its_own(pipelines, tmp_path):
     said += process.communicate(timeout=120)[0]
     assert process.returncode == STOPPED and "Stopped by a signal after step" in said
     assert len(checkpoints_in(tmp_path)) == 1
+
+
+@every_script
+def test_a_time_limit_saves_and_leaves(pipelines, tmp_path, monkeypatch, name):
+    """With the status, and the file, that a queue repeats a job by; the file goes as the run goes on."""
+    ages = iter([10, 20, 30, 40, 51])
+    monkeypatch.setattr(common.stopping, "age", lambda: next(ages, 100))
+    module, limit = importlib.import_module(name), ["--must_save_by", 1, "--checkpointing_steps", 100]
+    with pytest.raises(SystemExit) as stopped:
+        run_in_process(module, *flags(pipelines, name, tmp_path, *limit, steps=100))
+    run = inside(name, tmp_path)
+    last = checkpoints_in(run)[-1][0]
+    assert stopped.value.code == STOPPED and 1 <= last < 5
+    assert f"Stopped by --must_save_by after step {last};" in (run / "stopped").read_text()
+    monkeypatch.undo()
+    more = ["--checkpointing_steps", 100, "--resume_from_checkpoint", "latest"]
+    run_in_process(module, *flags(pipelines, name, tmp_path, *more, steps=last + 1))
+    assert not (run / "stopped").exists() and checkpoints_in(run)[-1][0] == last + 1
 
 
 def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_orphan(pipelines, tmp_path):
