@@ -25,16 +25,8 @@ from pathlib import Path
 from common.class_files import cifar_files, idx_files, read_cifar, read_idx
 from common.errors import DataError, first_line
 from common.images import IMAGE_EXTENSIONS
-from common.texts import (
-    CAPTION_COLUMNS,
-    Notes,
-    captions_of,
-    decode,
-    parse_json,
-    read_records,
-    read_text,
-    record_captions,
-)
+from common.shards import read_tar
+from common.texts import CAPTION_COLUMNS, Notes, captions_of, parse_json, read_records, read_text, record_captions
 
 ACCEPTED = (
     "COCO annotations/captions_*.json, webdataset .tar shards, .parquet files, metadata.jsonl or metadata.csv, "
@@ -246,60 +238,12 @@ def _read_tars(shards, column, notes):
     samples = []
     for shard in shards:
         try:
-            samples += _read_tar(shard, column, notes)
+            samples += read_tar(shard, column, notes)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{shard} can't be read as a .tar ({first_line(error)}).") from None
     if not samples:
         raise Unusable(f"No pair of an image and a caption is in its {len(shards)} .tar files, e.g. {shards[0]}.")
     return samples
-
-
-def _read_tar(shard, column, notes):
-    images, captions, records = {}, {}, {}
-    with open(shard, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise DataError(f"{shard} is compressed: unpack it (gunzip), so that any image in it can be read at once.")
-    with tarfile.open(shard, "r:") as tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.ReadError:  # cut within a member
-                member = None
-            if member is None:
-                break
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key, extension = f"{folder}/{stem}".strip("/"), extension.lower()
-            if not member.isfile() or base.startswith("."):
-                continue
-            if extension in IMAGE_EXTENSIONS and key in images:
-                notes.add("keys have two images in one shard, of which the first is used", f"{shard}:{member.name}")
-            elif extension in IMAGE_EXTENSIONS:
-                images[key] = (str(shard), member.offset_data, member.size)
-            elif extension in ("txt", "caption", "json"):
-                try:
-                    text = decode(tar.extractfile(member).read(), f"{shard}:{member.name}")
-                except tarfile.ReadError:
-                    break
-                (records if extension == "json" else captions)[key] = (f"{shard}:{member.name}", text)
-        size, end = os.path.getsize(shard), tar.offset
-        tar.fileobj.seek(end)
-        if end > size or any(tar.fileobj.read(2**20)):
-            notes.add("shards are cut or damaged and lose what follows", f"{shard}, at byte {min(end, size)}")
-        elif end == size:
-            notes.add("shards have no end mark and may be cut", f"{shard}, at byte {size}")
-    found = {key: captions_of(text, where, notes) for key, (where, text) in captions.items()}
-    for key, (where, text) in records.items():  # beside a .txt it is often mere metadata
-        record = parse_json(text, where) if key in images and key not in found else None
-        if isinstance(record, dict) and any(name in record for name in (column, *CAPTION_COLUMNS)):
-            found[key] = record_captions(record, column, where, notes)
-    incomplete = sorted(images.keys() ^ found.keys())
-    if incomplete:
-        notes.add("keys lack an image or a caption", f"{shard}:{incomplete[0]}", len(incomplete))
-    whole = {key: image for key, image in images.items() if key in found}
-    for key in [key for key, (_, offset, length) in whole.items() if offset + length > size]:
-        del whole[key]  # the member that the shard was cut in
-    return [(*image, found[key]) for key, image in whole.items()]
 
 
 def _read_rows(root, paths, images, args, needs_images, notes):
