@@ -162,6 +162,8 @@ def _say_passed_over(files, used, folder, notes):
     """Note the tables and shards that were not read; a .json of an image's name belongs to the image."""
     named = {file.with_suffix("") for file in used}
     rest = [f for f in files if f.suffix.lower() in TABLES and f not in used and f.with_suffix("") not in named]
+    if any(file.suffix.lower() == ".tar" for file in used):  # what says how many samples the shards have
+        rest = [f for f in rest if f.name != "index.json" and not f.name.endswith("_stats.json")]
     if rest:
         notes.add("files that may hold captions are passed over", rest[0].relative_to(folder), len(rest))
 
@@ -169,7 +171,7 @@ def _say_passed_over(files, used, folder, notes):
 # What is there
 
 
-def _train_first(found, folder):
+def train_first(found, folder):
     return [f for f in found if re.search(r"(^|[/_.-])train", f.relative_to(folder).as_posix())] or found
 
 
@@ -180,12 +182,12 @@ def _coco_files(folder, files, single):
 
 
 def _shards(folder, files, single):
-    return _train_first([file for file in files if file.suffix.lower() == ".tar"], folder)
+    return train_first([file for file in files if file.suffix.lower() == ".tar"], folder)
 
 
 def _tables(folder, files, single):
     found = [file for file in files if file.suffix.lower() == ".parquet" and file.name.lower() not in METADATA]
-    return _train_first(found, folder)
+    return train_first(found, folder)
 
 
 def _metadata_files(folder, files, single):
@@ -198,7 +200,7 @@ def _metadata_files(folder, files, single):
     return (
         here[:1]
         or in_train[:1]
-        or _train_first(found, folder)
+        or train_first(found, folder)
         or [file for file in files if file.parent == folder and file.name.lower() == "captions.json"]
     )
 
