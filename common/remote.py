@@ -198,7 +198,7 @@ class WebFile(io.RawIOBase):
                 if answer.status != 206 or not part or int(part[1]) != first:
                     content = b"" if first else answer.read(length + 1)  # a small file may come whole
                     if first or len(content) > length:
-                        raise DataError(f"{self.url}: its server gives no parts of files (HTTP ranges).")
+                        raise UnreachableDataError(f"{self.url}: its server gives no parts of files (HTTP ranges).")
                     self._size = len(content)
                     return content
                 self._size = int(part[2])
