@@ -306,7 +306,7 @@ def _made_here(paths, where, folder):
                 shards, unfit = _counts_of(paths, index)
                 if not unfit:
                     return shards
-        print(f"Counting the samples of {len(paths):,} shards in {folder}, once.", flush=True)
+        print(f"Counting the samples of the {len(paths):,} .tar in {folder}, once.", flush=True)
         shards = make_index(paths)
         for place in places:
             with contextlib.suppress(OSError):  # a folder that can't be written

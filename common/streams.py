@@ -1,10 +1,11 @@
 """Samples of webdataset shards as a stream: in an order that is arithmetic alone, each read on from the last one.
 
-An epoch is the shards, permuted by (seed, epoch), one after the other: N samples in a row. It is cut into F = 8 x
-(global batch) lanes as long as each other, but for one sample. Sample q of an epoch is the (q div F)-th of lane q mod
-F. So every sample comes once, however uneven the shards are, no process has less to do than another, and each place
-in the global batch reads few places of few shards, in sequence. A step's micro-batches go to the workers of a loader
-in turns: with 1, 2, 4 or 8 of them a lane is always one worker's, and no byte is read twice.
+An epoch is the shards, permuted by (seed, epoch), one after the other: N samples in a row. The row is cut into F = 8 B
+lanes of N div F samples, or one more, where B is the global batch. Eight batches take one sample of every lane: the
+first of them of the lanes 0, 8, 16 ..., the next of 1, 9, 17 .... So each batch is spread over all shards, every
+sample comes once an epoch, however uneven the shards are, and no process has less to do than another; and each place
+in the global batch reads eight places of the row, in sequence. Micro-batches go to the workers of a loader in turns:
+with 1, 2, 4 or 8 of them a lane is always one worker's, and no byte is read twice.
 """
 
 import functools
@@ -22,7 +23,7 @@ from common.remote import is_url, open_file, persistently
 from common.shards import sample_captions, samples_of
 from common.texts import decode
 
-LANES = 8  # for each sample of a global batch
+LANES = 8  # for each place in the global batch
 OPEN = 128  # files at once, per process
 NEAR = 8  # samples that a file is read on for, rather than opened again
 PLACES = 2**18  # that are remembered
@@ -33,8 +34,10 @@ def stream_order(seed, counts, global_batch):
     counts = np.asarray(counts, dtype=np.int64)
     firsts = np.cumsum(counts) - counts
     size = int(counts.sum())
-    lanes = min(LANES * global_batch, size)
-    length, longer = divmod(size, lanes)  # so many lanes have one sample more
+    turns = min(LANES, size // global_batch) or 1  # batches that take one sample of every lane
+    lanes = min(turns * global_batch, size)
+    length, longer = divmod(size, lanes)
+    full, part = divmod(longer, global_batch)  # in so many turns, and for so many positions of the next, one more
 
     @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
     def permuted(epoch):
@@ -44,12 +47,15 @@ def stream_order(seed, counts, global_batch):
 
     def index_of(count):
         epoch, place = divmod(count, size)
-        row, lane = divmod(place, lanes)
+        row, place = divmod(place, lanes)
+        turn, position = divmod(place, global_batch)
+        lane = position * turns + turn
+        before = full * position + min(position, part) + min(turn, full + (position < part))  # longer lanes
+        place = lane * length + before + row
         order, ends = permuted(epoch)
-        place = lane * length + min(lane, longer) + row
-        turn = int(np.searchsorted(ends, place, side="right"))
-        shard = order[turn]
-        return int(firsts[shard] + place - (ends[turn] - counts[shard]))
+        which = int(np.searchsorted(ends, place, side="right"))
+        shard = order[which]
+        return int(firsts[shard] + place - (ends[which] - counts[shard]))
 
     return index_of
 

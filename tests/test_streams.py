@@ -20,10 +20,12 @@ from test_data import run_sampler as sampled
 
 import prepare_cache
 import train_guided
+from benchmarks import streaming
 from common import remote, shard_index, streams
 from common.data import load_dataset_from_args
 from common.errors import DataError, UnreachableDataError
 from common.loader import GlobalBatchSampler, build_dataloader
+from common.preflight import batches
 from common.shard_index import INDEX, KIND
 from common.streams import LANES, ShardReader, stream_order
 
@@ -112,6 +114,7 @@ def test_64_nodes_share_1024_uneven_shards():
     assert {len(own) for own in keys} == {steps} and {len(micro) for own in keys for micro in own} == {batch}
     read = sorted((step * batch * ranks + position, i) for own in keys for b in own for i, step, position in b)
     assert sorted(index for _, index in read[:size]) == list(range(size))
+    assert len({int(np.searchsorted(counts.cumsum(), i, side="right")) for _, i in read[: batch * ranks]}) > 200
     beyond = [index for _, index in read[size:]]  # of the next epoch, which the last step reaches into
     index_of = stream_order(0, counts, batch * ranks)
     assert beyond == [index_of(count) for count in range(size, steps * batch * ranks)]
@@ -161,12 +164,14 @@ def test_a_folder_is_counted_once_and_read_as_it_lies(shards, capsys):
     dataset = stream(shards)
     assert dataset.size == sum(UNEVEN) and dataset.counts == list(UNEVEN)
     check(dataset, [0, 6, 7, 8, 46, 47, 80, 81, 164, 144, 145, 12, 11])
-    assert "Counting the samples of 6 shards" in capsys.readouterr().out
+    assert "Counting the samples of the 6 .tar" in capsys.readouterr().out
     index = json.loads((shards / INDEX).read_text())
     assert index["__kind__"] == KIND and [entry["nsamples"] for entry in index["shardlist"]] == list(UNEVEN)
     check(stream(shards, max_train_samples=50), [49, 0])
     assert stream(shards, max_train_samples=50).counts == [7, 40, 3, 0, 0, 0] and not capsys.readouterr().out
     assert load(shards).size == sum(UNEVEN)  # the index disturbs nobody
+    args = make_args(learning_rate=1.0, lr_scheduler="constant", lr_warmup_steps=0)
+    assert batches(args, dataset, 1)[0] == ("stream", f"6 shards of 165 samples, --data_dir {shards}")
 
 
 def test_an_index_that_can_t_lie_beside_its_shards(shards, tmp_path, monkeypatch, capsys):
@@ -267,16 +272,16 @@ def test_captions_alone(shards, monkeypatch):
 def test_workers_read_what_one_process_reads(shards):
     """Also where the main process has read of the same files before they are forked."""
 
-    def batches(**changes):
+    def read(**changes):
         args = make_args(data_dir=str(shards), streaming=True, shard_index=None, max_train_steps=30, **changes)
         process = type("Process", (), {"process_index": 0, "num_processes": 1, "device": torch.device("cpu")})
         dataset = load_dataset_from_args(args)
         assert dataset.captions(33) == ["33"]
         return list(build_dataloader(dataset, args, process, 0))
 
-    alone = batches()
+    alone = read()
     for workers in (2, 3):
-        for batch, other in zip(alone, batches(dataloader_num_workers=workers), strict=True):
+        for batch, other in zip(alone, read(dataloader_num_workers=workers), strict=True):
             assert batch["captions"] == other["captions"] and batch["indices"] == other["indices"]
             assert torch.equal(batch["pixel_values"], other["pixel_values"])
 
@@ -563,6 +568,7 @@ def streamed(pipelines, made, tmp_path_factory):
     """(shards, folder): four steps of train_guided.py from a stream, in one go."""
     folder = tmp_path_factory.mktemp("streamed")
     shards = Path(shutil.copytree(made, folder / "shards"))
+    shard_index.write_index_of(str(shards), None)
     run_in_process(train_guided, *flags(pipelines, "train_guided", folder / "run", data=data_of(shards)))
     return shards, folder / "run"
 
@@ -619,6 +625,15 @@ def test_roll_outs_of_a_stream(pipelines, streamed, tmp_path):
     rollouts = ["--rollout_cache", tmp_path / "rollouts", "--num_ddim_steps", 1]
     run_in_process(train_flash_lora, *quick(pipelines, tmp_path / "run", data=rollouts, steps=1))
     assert (tmp_path / "run/lora/final").is_dir()
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streams, "open_file", streams.open_file)  # which it replaces
+    small = ["--shards", 3, "--samples", 70, "--batch_size", 4, "--positions", 2, "--steps", 2, "--work_dir", tmp_path]
+    streaming.main(streaming.parse_args([str(word) for word in small]))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["samples"] == 210 and found["counts_alone"]["at_random"] > 0
+    assert 0 < found["with_offsets"]["megabytes_read"] < found["gigabytes"] * 1000
 
 
 def test_the_reader_travels_without_its_files(shards):
