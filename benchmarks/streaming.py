@@ -1,7 +1,7 @@
 """How soon a stream of webdataset shards gives its first batch, from any step on, and how fast it goes on.
 
     python benchmarks/streaming.py
-    python benchmarks/streaming.py --shards 64 --samples 10000
+    python benchmarks/streaming.py --shards 64 --samples 2000
 
 Writes so many synthetic shards into --work_dir, of one small picture each and its caption, and an index. Then, as a
 run that resumes does, opens them anew at --positions random steps: the seconds until its first global batch is there,

@@ -1,7 +1,7 @@
 """Data: captioned images from folders, shards, tables or rendered shapes, in an order that only the seed decides.
 
-The formats of --data_dir are those of common/data_formats.py. --dataset_name is a `datasets` hub id, a local folder,
-or "shapes".
+The formats of --data_dir are those of common/data_formats.py, or shards as a stream of common/streams.py.
+--dataset_name is a `datasets` hub id, a local folder, or "shapes".
 
 Nothing about a sample depends on rank, worker or micro-batch: which one is read follows from (seed, sample count),
 its flip, crop and choice of caption from (seed, optimizer step, index in the global batch); see common/loader.py.

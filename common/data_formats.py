@@ -4,6 +4,7 @@
  1. COCO           annotations/captions_*.json (the train files if there are any), images in <suffix>/,
                    images/<suffix>/, images/ or ./
  2. webdataset     *.tar shards with pairs of image and .txt or .json; only headers and captions are read at load time
+                   (as a stream, by an index, not even these: common/shard_index.py)
  3. parquet        *.parquet tables with an image and a caption column
  4. imagefolder    metadata.jsonl, .csv or .parquet, here, in train/ or in the folders of the images, with columns for
                    the file's name and the caption

@@ -286,6 +286,14 @@ def test_workers_read_what_one_process_reads(shards):
             assert torch.equal(batch["pixel_values"], other["pixel_values"])
 
 
+def test_a_stream_is_what_is_judged_against(shards):
+    from common.judging.image_sets import real_dataset
+
+    real = real_dataset(stream(f"{shards}/*.tar"), 5)
+    assert real.identity["shards"] == stream(shards).content
+    assert real.identity != real_dataset(stream(f"{shards}/00[12].tar"), 5).identity
+
+
 def test_what_lies_between_the_samples(tmp_path):
     """Other files of a key, keys without an image or a caption, hidden ones, sub-folders, JSON with and without."""
     folder = tmp_path / "data"
