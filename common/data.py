@@ -160,7 +160,7 @@ class StreamDataset(CaptionedImages):
         for shard in shards:
             self.counts.append(shard.count if left is None else min(shard.count, left))
             left = left and left - self.counts[-1]
-        self.ends, self.content = np.cumsum(self.counts), content_of_stream(args)
+        self.ends, self.content = np.cumsum(self.counts), content_of_stream(args, shards)
         self.reader = ShardReader(shards, args.caption_column)
         super().__init__(args, int(self.ends[-1]), needs_images, source)
         blind = [shard.path for shard in shards if shard.starts is None]

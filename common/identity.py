@@ -83,9 +83,9 @@ def identity_of(args):
     """{name: value} of the arguments that a continuation must share with its run; of a place {"path", "content"}."""
     free = {*FREE_ON_RESUME, "eval_steps", *(JUDGES if hasattr(args, "eval_steps") else ())}
     found = {name: _place(name, value) for name, value in sorted(vars(args).items()) if name not in free}
-    if "streaming" in found:  # one is read in the same order by its folder, pattern or URL
-        found["streaming"] = is_stream(args)
+    found.pop("streaming", None)
     if getattr(args, "data_dir", None) and is_stream(args):
+        found["streaming"] = True  # in the same order by its folder, pattern or URL
         place, content = args.data_dir, data_of(args)
         if content != place:
             found["data_dir"] = {"path": place if is_url(place) else os.path.abspath(place), "content": content}

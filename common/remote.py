@@ -10,6 +10,7 @@ import http.client
 import io
 import os
 import re
+import secrets
 import tarfile
 import time
 import urllib.error
@@ -107,7 +108,7 @@ def read_file(place):
 def write_file(place, content):
     """Write bytes; a local file is there once it is whole. Raises OSError, or UnreachableDataError of a URL."""
     if not is_url(place):
-        temporary = Path(place).with_name(f".{Path(place).name}.{os.getpid()}.tmp")
+        temporary = Path(place).with_name(f".{Path(place).name}.{secrets.token_hex(4)}.tmp")  # of several machines
         temporary.write_bytes(content)
         os.replace(temporary, place)
         return

@@ -67,11 +67,11 @@ def shards_of(args):
     return _shards(args.data_dir, getattr(args, "shard_index", None))
 
 
-def content_of_stream(args):
-    """A short hash of which shards there are, how large and of how many samples."""
+def content_of_stream(args, shards=None):
+    """A short hash of which shards there are, how large and of how many samples; shards: of shards_of, if at hand."""
     place = _place(args.data_dir)
     folder = f"{_folder(place).rstrip('/')}/"
-    told = [(shard.path.removeprefix(folder), shard.count, shard.size) for shard in shards_of(args)]
+    told = [(shard.path.removeprefix(folder), shard.count, shard.size) for shard in shards or shards_of(args)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -92,7 +92,7 @@ def _find_shards(data_dir, shard_index):
             return shards
         if shard_index or is_url(place):
             raise DataError(f"{where} does not fit --data_dir: {unfit}; write it anew: {_command(data_dir)}.")
-        print(f"{where} is not used: {unfit}.", flush=True)
+        _say_once(f"{where} is not used: {unfit}.")
         where = None  # it is somebody's: ours goes elsewhere
     if counted := _stats(paths):
         return counted
@@ -102,6 +102,12 @@ def _find_shards(data_dir, shard_index):
             f"_stats.json files. Write an index, once: {_command(data_dir)}."
         )
     return _made_here(paths, where if os.path.isdir(place) and paths == _tars(place) else None, folder)
+
+
+@functools.cache
+def _say_once(said):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(said, flush=True)
 
 
 _remote_shards = functools.lru_cache(maxsize=8)(_find_shards)  # asked for by data, identity and caches
@@ -130,7 +136,7 @@ def _folder(place):
 
 def index_place(data_dir, shard_index):
     """The path or URL of the index of a --data_dir."""
-    return shard_index or join(_folder(_place(data_dir)), INDEX)
+    return _place(shard_index) if shard_index else join(_folder(_place(data_dir)), INDEX)
 
 
 def _tars(folder):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tarfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -313,6 +314,19 @@ def test_what_lies_between_the_samples(tmp_path):
     wids(folder, [{"url": "0.tar", "nsamples": 5}])  # without offsets, the same are counted
     dataset = stream(folder)
     assert [dataset.captions(n)[0].strip("\ufeff") for n in (3, 0, 4, 2, 1)] == ["3", "0", "", "2", "1"]
+
+
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names(tmp_path, layout):
+    """Which have headers of their own before them."""
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/0.tar", "w", format=layout) as tar:
+        for number in range(70):
+            for kind, content in (("png", picture(number)), ("txt", str(number).encode())):
+                member = tarfile.TarInfo(f"{'é' * 90}{number:03d}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    check(stream(tmp_path / "data"), [40, 64, 0, 1, 69, 33, 32, 31])
 
 
 # Indexes
