@@ -13,6 +13,10 @@ train_progressive.py, train_add.py, train_lcm.py and train_student_kd.py read wi
     accelerate launch --multi_gpu --num_processes 8 prepare_cache.py --data_dir coco --center_crop \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16
 
+    python prepare_cache.py --write_index --data_dir 's3://bucket/{00000..01023}.tar'
+
+The last writes no cache, but the index by which .tar shards are read as a stream (docs/data.md).
+
 All processes write, a shard each. Stopped or killed it goes on by the same command, which also mends what is damaged.
 """
 
