@@ -13,12 +13,17 @@ train_progressive.py, train_add.py, train_lcm.py and train_student_kd.py read wi
     accelerate launch --multi_gpu --num_processes 8 prepare_cache.py --data_dir coco --center_crop \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --mixed_precision bf16
 
+    python prepare_cache.py --write_index --data_dir 's3://bucket/{00000..01023}.tar'
+
+The last writes no cache, but the index by which .tar shards are read as a stream (docs/data.md).
+
 All processes write, a shard each. Stopped or killed it goes on by the same command, which also mends what is damaged.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,11 +57,14 @@ from common.errors import DataError, UsageError
 from common.loader import collate, order_of
 from common.pipelines import keep_vae_right, load_pipeline, local_folder
 from common.randomness import sample_generator
+from common.remote import is_url
 from common.run import on_main_process, run_script
 from common.schedulers import student_scheduler, student_timesteps
 from common.settle import compute_dtype_of, settle
+from common.shard_index import write_index_of
 from common.stopping import STOPPED
 
+STRETCHES = 32  # samples of a stream that roll-outs take together, as a batch of training would
 ENDLESS = 4096  # how many of endless shapes a cache of samples holds, where --max_train_samples doesn't say
 
 
@@ -66,6 +74,11 @@ def parse_args(argv=None):
     add("--cache_dir", dest="folder", default="outputs/cache", help="where it is written")
     add("--overwrite_cache", action="store_true", help="discard another cache that the folder holds")
     add("--batch_size", type=arguments.positive_int, default=32, help="samples at once, per process")
+    add(
+        "--write_index",
+        action="store_true",
+        help="instead of a cache, write the index of --data_dir's .tar shards by which a stream of them is read",
+    )
     arguments.add_model_arguments(parser)
     arguments.add_data_arguments(parser, cached=False)
     add = parser.add_argument_group("roll-outs").add_argument
@@ -225,7 +238,11 @@ def what_it_is(args, dataset, teacher):
     of = args, local_folder(args), compute_dtype_of(args)
     method = {name: getattr(args, name) for name in ROLLED_OUT_BY}
     flags = {name: getattr(args, name) for name in DATA_FLAGS}
-    flags["data_dir"] = args.data_dir and str(Path(args.data_dir).expanduser().absolute())
+    flags |= {name: getattr(args, name) for name in ("streaming", "shard_index")}
+    for name in ("data_dir", "shard_index"):
+        if flags[name] and not is_url(flags[name]):
+            flags[name] = str(Path(flags[name]).expanduser().absolute())
+    stream = {"counts": dataset.counts} if hasattr(dataset, "counts") and not args.rollouts else {}
     return {
         "kind": "rollouts" if args.rollouts else "samples",
         "count": args.rollouts or dataset.size,
@@ -233,10 +250,17 @@ def what_it_is(args, dataset, teacher):
         "states": args.keep_states,
         "flags": flags,
         "made_of": made_by(*of, teacher, **method) if args.rollouts else made_of(*of),
+        **stream,
     }
 
 
 def main(args):
+    if args.write_index:
+        if args.data_dir is None:
+            raise UsageError("--write_index counts the .tar shards of --data_dir: say where they are.")
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_index_of(args.data_dir, args.shard_index)
+        return
     check_arguments(args)
     settle(args)
     teacher = read_teacher(args) if args.rollouts else None
@@ -258,7 +282,7 @@ def main(args):
         rows_of = partial(
             rollout_rows, args, accelerator, pipeline, schedule, times, unconditional, teacher["guidance_scale"]
         )
-        index_of = order_of(dataset)
+        index_of = order_of(dataset, STRETCHES)
     else:
         rows_of, index_of = partial(sample_rows, args, pipeline, dataset), int
 

@@ -113,8 +113,19 @@ def add_data_arguments(parser, *, cached=True):
     """cached: whether the script reads a cache of samples."""
     group = parser.add_argument_group("data (with no model and no data given: rendered shapes)")
     add = group.add_argument
-    add("--data_dir", help="COCO, imagefolder, webdataset .tar, parquet, captions.json, or images with .txt captions")
+    add(
+        "--data_dir",
+        help="COCO, imagefolder, webdataset .tar, parquet, captions.json, or images with .txt captions; or shards by "
+        "URL or pattern, such as s3://bucket/{00000..01023}.tar",
+    )
     add("--dataset_name", help="hub id or folder of a `datasets` set, or 'shapes' for rendered shapes")
+    add(
+        "--streaming",
+        action="store_true",
+        help="read a folder's .tar shards as a stream, by an index, as those of URLs and patterns always are: nothing "
+        "else is read before the first step",
+    )
+    add("--shard_index", help="path or URL of that index (default: index.json beside the shards)")
     add("--image_column", help="image column (default: the first that looks like one)")
     add("--caption_column", help="caption column (default: the first that looks like one)")
     add("--caption_template", default="a photo of a {label}", help="caption of a class-label set")

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from common.conditioning import Conditioning, conditioning_of
 from common.errors import DataError, first_line
-from common.identity import content_of, fingerprint
+from common.identity import data_of, fingerprint
 from common.randomness import sample_generator
 
 INDEX, UNCONDITIONAL = "cache.json", "unconditional.safetensors"
@@ -63,7 +63,7 @@ def made_of(args, folder, dtype):
     found |= {name: getattr(args, name) for name in DATA_FLAGS if name not in ("data_dir", "dataset_name")}
     if args.dataset_name == "shapes":
         found |= {"seed": args.seed, "center_crop": False}  # rendered by the seed, and nothing of them is cut
-    return {**found, "data": content_of(args.data_dir or args.dataset_name)}
+    return {**found, "data": data_of(args)}
 
 
 def made_by(args, folder, dtype, teacher, **method):
@@ -226,6 +226,7 @@ class CachedDataset(torch.utils.data.Dataset):
         self.size, self.unconditional = self.rows.size, self.rows.unconditional
         self.seed, self.needs_images, self.random_flip = args.seed, needs_images, args.random_flip and index["flipped"]
         self.source, self.buckets, self._row_of = f"--cache_dir {args.cache_dir}", None, range(self.size)
+        self.counts = index.get("counts")  # of a stream, in whose order they are read
         if index.get("buckets"):  # rows lie by bucket
             samples = np.concatenate([self.rows.table(shard)["index"] for shard in range(len(index["shards"]))])
             self._row_of = np.argsort(samples)

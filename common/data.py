@@ -1,7 +1,7 @@
 """Data: captioned images from folders, shards, tables or rendered shapes, in an order that only the seed decides.
 
-The formats of --data_dir are those of common/data_formats.py. --dataset_name is a `datasets` hub id, a local folder,
-or "shapes".
+The formats of --data_dir are those of common/data_formats.py, or shards as a stream of common/streams.py.
+--dataset_name is a `datasets` hub id, a local folder, or "shapes".
 
 Nothing about a sample depends on rank, worker or micro-batch: which one is read follows from (seed, sample count),
 its flip, crop and choice of caption from (seed, optimizer step, index in the global batch); see common/loader.py.
@@ -21,10 +21,12 @@ from common.buckets import assign, bucket_shapes, to_shape
 from common.cache import CachedDataset, RolloutDataset
 from common.class_files import LabelledImages
 from common.data_formats import IMAGE_COLUMNS, find_image, load_named, read_data_dir, too_many
-from common.errors import DataError
+from common.errors import DataError, UnreachableDataError
 from common.images import ImageError, open_image
 from common.randomness import sample_generator
 from common.shapes import IMAGE_SIZE, caption_of, training_sample, training_scene
+from common.shard_index import content_of_stream, is_stream, shards_of
+from common.streams import ShardReader
 from common.texts import CAPTION_COLUMNS, NO_CAPTION, Notes, captions_of
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,16 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def first_readable(self, index):
         """(index, RGB image) of the first readable sample from `index` on."""
+        return self._first(index, lambda index: open_image(self.image_file(index)))
+
+    def _first(self, index, read):
+        """(index, read(index)) of the first sample from `index` on that can be read."""
         while True:
             if not self.unreadable[index]:
                 try:
-                    return index, open_image(self.image_file(index))
+                    return index, read(index)
+                except UnreachableDataError:
+                    raise
                 except (ImageError, DataError, OSError) as error:
                     self.unreadable[index] = True
                     logger.warning("skipping an unreadable image, %s: %s", self.name(index), error)
@@ -139,6 +147,48 @@ class FileDataset(CaptionedImages):
 
     def captions(self, index):
         return self.samples[index][3]
+
+
+class StreamDataset(CaptionedImages):
+    """Samples of webdataset shards, read on from one another where their order has them so (common/streams.py).
+
+    counts: the samples of each shard, which their order follows; content: a short hash of which shards these are.
+    """
+
+    def __init__(self, args, needs_images, source):
+        shards, left, self.counts = shards_of(args), args.max_train_samples, []
+        for shard in shards:
+            self.counts.append(shard.count if left is None else min(shard.count, left))
+            left = left and left - self.counts[-1]
+        self.ends, self.content = np.cumsum(self.counts), content_of_stream(args, shards)
+        self.reader = ShardReader(shards, args.caption_column)
+        super().__init__(args, int(self.ends[-1]), needs_images, source)
+        blind = [shard.path for shard in shards if shard.starts is None]
+        if blind:
+            notes = Notes()
+            notes.add("shards have no offsets in an index: places are found by their headers", blind[0], len(blind))
+            notes.say()
+
+    def __getitem__(self, key):
+        index, step, position = key
+        if not self.needs_images:  # else what can't be read is passed over with its image
+            index, _ = self._first(index, self.captions)
+        return super().__getitem__((index, step, position))
+
+    def place(self, index):
+        """(shard, which of its samples) of a sample."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return shard, int(index - self.ends[shard] + self.counts[shard])
+
+    def name(self, index):
+        shard, place = self.place(index)
+        return f"sample {place} of {self.reader.shards[shard].path}"
+
+    def image_file(self, index):
+        return io.BytesIO(self.reader.image(*self.place(index)))
+
+    def captions(self, index):
+        return self.reader.captions(*self.place(index))
 
 
 class TableDataset(CaptionedImages):
@@ -307,6 +357,7 @@ def read_data(args, needs_images=True):
         raise DataError("Give --data_dir or --dataset_name, not both.")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise DataError(f"--max_train_samples {args.max_train_samples} leaves no samples.")
+    check_stream(args)
     if args.dataset_name == "shapes":
         return ShapesDataset(args, needs_images)
     dataset = _read(args, needs_images)
@@ -316,9 +367,25 @@ def read_data(args, needs_images=True):
     return dataset
 
 
+def check_stream(args):
+    """DataError where flags of a stream can't go with others."""
+    streamed = is_stream(args)
+    if not streamed and getattr(args, "shard_index", None):
+        raise DataError("--shard_index is of .tar shards that are read as a stream: add --streaming, or leave it out.")
+    if streamed and args.data_dir is None:
+        raise DataError("--streaming reads the .tar shards of --data_dir: give that, or leave it out.")
+    if streamed and getattr(args, "aspect_ratio_buckets", False):
+        raise DataError(
+            "--aspect_ratio_buckets needs the size of every image beforehand, which a stream does not tell: leave it "
+            "out, or make a cache of the shards, unpacked."
+        )
+
+
 def _read(args, needs_images):
     if args.dataset_name is not None:
         return TableDataset(args, load_named(args.dataset_name), needs_images, f"--dataset_name {args.dataset_name}")
+    if is_stream(args):
+        return StreamDataset(args, needs_images, f"--data_dir {args.data_dir}")
     try:
         content, source, folder = read_data_dir(args, needs_images)
     except OSError as error:

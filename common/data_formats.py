@@ -4,6 +4,7 @@
  1. COCO           annotations/captions_*.json (the train files if there are any), images in <suffix>/,
                    images/<suffix>/, images/ or ./
  2. webdataset     *.tar shards with pairs of image and .txt or .json; only headers and captions are read at load time
+                   (as a stream, by an index, not even these: common/shard_index.py)
  3. parquet        *.parquet tables with an image and a caption column
  4. imagefolder    metadata.jsonl, .csv or .parquet, here, in train/ or in the folders of the images, with columns for
                    the file's name and the caption
@@ -25,16 +26,8 @@ from pathlib import Path
 from common.class_files import cifar_files, idx_files, read_cifar, read_idx
 from common.errors import DataError, first_line
 from common.images import IMAGE_EXTENSIONS
-from common.texts import (
-    CAPTION_COLUMNS,
-    Notes,
-    captions_of,
-    decode,
-    parse_json,
-    read_records,
-    read_text,
-    record_captions,
-)
+from common.shards import read_tar
+from common.texts import CAPTION_COLUMNS, Notes, captions_of, parse_json, read_records, read_text, record_captions
 
 ACCEPTED = (
     "COCO annotations/captions_*.json, webdataset .tar shards, .parquet files, metadata.jsonl or metadata.csv, "
@@ -170,6 +163,8 @@ def _say_passed_over(files, used, folder, notes):
     """Note the tables and shards that were not read; a .json of an image's name belongs to the image."""
     named = {file.with_suffix("") for file in used}
     rest = [f for f in files if f.suffix.lower() in TABLES and f not in used and f.with_suffix("") not in named]
+    if any(file.suffix.lower() == ".tar" for file in used):  # what says how many samples the shards have
+        rest = [f for f in rest if f.name != "index.json" and not f.name.endswith("_stats.json")]
     if rest:
         notes.add("files that may hold captions are passed over", rest[0].relative_to(folder), len(rest))
 
@@ -177,7 +172,7 @@ def _say_passed_over(files, used, folder, notes):
 # What is there
 
 
-def _train_first(found, folder):
+def train_first(found, folder):
     return [f for f in found if re.search(r"(^|[/_.-])train", f.relative_to(folder).as_posix())] or found
 
 
@@ -188,12 +183,12 @@ def _coco_files(folder, files, single):
 
 
 def _shards(folder, files, single):
-    return _train_first([file for file in files if file.suffix.lower() == ".tar"], folder)
+    return train_first([file for file in files if file.suffix.lower() == ".tar"], folder)
 
 
 def _tables(folder, files, single):
     found = [file for file in files if file.suffix.lower() == ".parquet" and file.name.lower() not in METADATA]
-    return _train_first(found, folder)
+    return train_first(found, folder)
 
 
 def _metadata_files(folder, files, single):
@@ -206,7 +201,7 @@ def _metadata_files(folder, files, single):
     return (
         here[:1]
         or in_train[:1]
-        or _train_first(found, folder)
+        or train_first(found, folder)
         or [file for file in files if file.parent == folder and file.name.lower() == "captions.json"]
     )
 
@@ -246,60 +241,12 @@ def _read_tars(shards, column, notes):
     samples = []
     for shard in shards:
         try:
-            samples += _read_tar(shard, column, notes)
+            samples += read_tar(shard, column, notes)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{shard} can't be read as a .tar ({first_line(error)}).") from None
     if not samples:
         raise Unusable(f"No pair of an image and a caption is in its {len(shards)} .tar files, e.g. {shards[0]}.")
     return samples
-
-
-def _read_tar(shard, column, notes):
-    images, captions, records = {}, {}, {}
-    with open(shard, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise DataError(f"{shard} is compressed: unpack it (gunzip), so that any image in it can be read at once.")
-    with tarfile.open(shard, "r:") as tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.ReadError:  # cut within a member
-                member = None
-            if member is None:
-                break
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key, extension = f"{folder}/{stem}".strip("/"), extension.lower()
-            if not member.isfile() or base.startswith("."):
-                continue
-            if extension in IMAGE_EXTENSIONS and key in images:
-                notes.add("keys have two images in one shard, of which the first is used", f"{shard}:{member.name}")
-            elif extension in IMAGE_EXTENSIONS:
-                images[key] = (str(shard), member.offset_data, member.size)
-            elif extension in ("txt", "caption", "json"):
-                try:
-                    text = decode(tar.extractfile(member).read(), f"{shard}:{member.name}")
-                except tarfile.ReadError:
-                    break
-                (records if extension == "json" else captions)[key] = (f"{shard}:{member.name}", text)
-        size, end = os.path.getsize(shard), tar.offset
-        tar.fileobj.seek(end)
-        if end > size or any(tar.fileobj.read(2**20)):
-            notes.add("shards are cut or damaged and lose what follows", f"{shard}, at byte {min(end, size)}")
-        elif end == size:
-            notes.add("shards have no end mark and may be cut", f"{shard}, at byte {size}")
-    found = {key: captions_of(text, where, notes) for key, (where, text) in captions.items()}
-    for key, (where, text) in records.items():  # beside a .txt it is often mere metadata
-        record = parse_json(text, where) if key in images and key not in found else None
-        if isinstance(record, dict) and any(name in record for name in (column, *CAPTION_COLUMNS)):
-            found[key] = record_captions(record, column, where, notes)
-    incomplete = sorted(images.keys() ^ found.keys())
-    if incomplete:
-        notes.add("keys lack an image or a caption", f"{shard}:{incomplete[0]}", len(incomplete))
-    whole = {key: image for key, image in images.items() if key in found}
-    for key in [key for key, (_, offset, length) in whole.items() if offset + length > size]:
-        del whole[key]  # the member that the shard was cut in
-    return [(*image, found[key]) for key, image in whole.items()]
 
 
 def _read_rows(root, paths, images, args, needs_images, notes):

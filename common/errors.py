@@ -21,6 +21,10 @@ class DataError(UserError):
         super().__init__(message.rsplit("DataError: ", 1)[-1].strip())
 
 
+class UnreachableDataError(DataError):
+    """Data that lie elsewhere and can't be read now: the run stops, where a broken sample is left out."""
+
+
 class CheckpointError(UserError):
     """A folder that can't be started in or resumed from."""
 

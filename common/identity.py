@@ -10,7 +10,9 @@ from pathlib import Path
 
 from common.contract import TINY_SD
 from common.data_formats import files_in
-from common.errors import CheckpointError
+from common.errors import CheckpointError, DataError
+from common.remote import is_url
+from common.shard_index import INDEX, content_of_stream, is_stream
 
 # Arguments that may differ between a run and its continuation: where, how long, how fast, how much is shown.
 # What decides the global batch is compared as one number.
@@ -49,6 +51,7 @@ FREE_ON_RESUME = {
     "ddp_timeout",
     "push_to_hub",
     "hub_model_id",
+    "shard_index",
 }
 # What judges a run from without; a continuation with another judge compares anew from there on.
 JUDGES = (
@@ -79,7 +82,14 @@ CHUNK, CHUNKS = 2**16, 64
 def identity_of(args):
     """{name: value} of the arguments that a continuation must share with its run; of a place {"path", "content"}."""
     free = {*FREE_ON_RESUME, "eval_steps", *(JUDGES if hasattr(args, "eval_steps") else ())}
-    return {name: _place(name, value) for name, value in sorted(vars(args).items()) if name not in free}
+    found = {name: _place(name, value) for name, value in sorted(vars(args).items()) if name not in free}
+    found.pop("streaming", None)
+    if getattr(args, "data_dir", None) and is_stream(args):
+        found["streaming"] = True  # in the same order by its folder, pattern or URL
+        place, content = args.data_dir, data_of(args)
+        if content != place:
+            found["data_dir"] = {"path": place if is_url(place) else os.path.abspath(place), "content": content}
+    return found
 
 
 def judges_of(args):
@@ -100,11 +110,22 @@ def content_of(place):
     return fingerprint(place) if place != "shapes" and os.path.exists(place) else place
 
 
+def data_of(args):
+    """The same of a run's data; of a stream its index says what lies there, for nobody reads all of that first."""
+    if args.data_dir and is_stream(args):
+        try:
+            return content_of_stream(args)
+        except (DataError, OSError):  # gone, or out of reach: a cache may stand for it
+            return args.data_dir
+    return content_of(args.data_dir or args.dataset_name)
+
+
 def fingerprint(path):
     """A short hash of what a file or folder holds: names, sizes and, of weights and tables, samples of the bytes."""
     root, digest = Path(path), hashlib.sha256()
     for file in [root] if root.is_file() else files_in(root):
-        if not file.is_file() or file.suffix == ".md":  # a link to nowhere; what only people read
+        # A link to nowhere; what only people read; how shards are counted, which may be written later.
+        if not file.is_file() or file.suffix == ".md" or file.name == INDEX:
             continue
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root).as_posix()} {size}\n".encode(errors="surrogateescape"))

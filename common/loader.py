@@ -10,6 +10,7 @@ import torch
 from common.buckets import bucket_order
 from common.cache import refreshed
 from common.randomness import sample_generator
+from common.streams import stream_order
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
@@ -19,7 +20,8 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
     count is step * batch + position, which falls into an epoch and a place in that epoch's permutation. With
     cycle_steps M, step s is step s mod M again: the same samples with the same randomness; or, from a round on in
     which --rollout_refresh draws it, other ones. Without read_again such a step is read once, then its index is None.
-    buckets: the number of each sample's bucket, for an order by buckets.bucket_order.
+    buckets: the number of each sample's bucket, for an order by buckets.bucket_order; counts: the samples of each
+    shard of a stream, for an order by streams.stream_order.
     """
 
     def __init__(
@@ -36,18 +38,20 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         refresh=0.0,
         read_again=True,
         buckets=None,
+        counts=None,
     ):
         self.size, self.batch_size, self.accumulation_steps = size, batch_size, accumulation_steps
         self.process_index, self.num_processes = process_index, num_processes
         self.start_step, self.max_steps, self.seed = start_step, max_steps, seed
         self.cycle_steps, self.refresh, self.read_again = cycle_steps or max(max_steps, 1), refresh, read_again
-        self.buckets = buckets
+        self.buckets, self.counts = buckets, counts
 
     def __len__(self):
         return max(self.max_steps - self.start_step, 0) * self.accumulation_steps
 
     def __iter__(self):
-        global_batch, index_of = self.batch_size * self.num_processes * self.accumulation_steps, order_of(self)
+        global_batch = self.batch_size * self.num_processes * self.accumulation_steps
+        index_of = order_of(self, global_batch)
         if self.buckets:
             index_of = bucket_order(self.seed, self.buckets, global_batch)
         seen = set()
@@ -68,8 +72,13 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         return cycle * self.cycle_steps * bool(self.refresh) + place
 
 
-def order_of(data):
-    """index_of(count): which of `data.size` samples (None: endless) the so many-th is, in an order of `data.seed`."""
+def order_of(data, global_batch):
+    """index_of(count): which of `data.size` samples (None: endless) the so many-th is, in an order of `data.seed`.
+
+    global_batch: how many samples are read together, by which a stream, which has `data.counts`, is laid out.
+    """
+    if getattr(data, "counts", None):
+        return stream_order(data.seed, data.counts, global_batch)
 
     @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
     def permutation(epoch):
@@ -122,9 +131,9 @@ def build_dataloader(dataset, args, accelerator, start_step, cycle_steps=None, u
         atexit.register(end_workers)
     steps, cycle_steps = (start_step * updates, args.max_train_steps * updates), (cycle_steps or 0) * updates
     share = args.gradient_accumulation_steps, accelerator.process_index, accelerator.num_processes
-    buckets = getattr(dataset, "buckets", None)
+    laid_out = getattr(dataset, "buckets", None), getattr(dataset, "counts", None)
     again = cycle_steps, getattr(args, "rollout_refresh", 0.0) if cycle_steps else 0.0, read_again
-    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, *again, buckets)
+    sampler = GlobalBatchSampler(dataset.size, args.train_batch_size, *share, *steps, args.seed, *again, *laid_out)
     return torch.utils.data.DataLoader(
         dataset if read_again else Unread(dataset),
         batch_sampler=sampler,

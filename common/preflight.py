@@ -91,7 +91,9 @@ def batches(args, dataset, processes):
     split = f"{args.train_batch_size} x {processes} processes x {args.gradient_accumulation_steps} accumulated"
     epochs = f"{steps * batch / size:.3g} epochs of {size:,}" if size else "of data without an end"
     rate = f"{args.learning_rate:g}, {args.lr_scheduler}, after {args.lr_warmup_steps} steps of warm-up"
+    shards = getattr(dataset, "counts", None)
     return [
+        *([("stream", f"{len(shards):,} shards of {size:,} samples, {dataset.source}")] if shards else ()),
         ("global batch", f"{batch} = {split}"),
         ("optimizer steps", f"{steps:,}, {steps * batch:,} samples, {epochs}"),
         ("learning rate", rate),

@@ -57,10 +57,11 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
     (
         "common/: data and mathematics",
         "#f6e3dc",
-        -0.18,
-        1.5,
+        -0.38,
+        1.7,
         {
-            "data": "shapes  texts  images\nclass_files  data_formats\ndata  loader  cache  buckets",
+            "data": "shapes  texts  images  buckets\nclass_files  data_formats  data\n"
+            "shards  shard_index  streams\nremote  loader  cache",
             "mathematics": "diffusion  optimization\nema  randomness\nvolumes  memory",
             "flags, mistakes": "arguments\nerrors",
         },
@@ -107,7 +108,7 @@ def main():
     assert drawn == set(files), f"drawn or there, but not both: {sorted(drawn ^ set(files))}"
     figure, axes = plt.subplots(figsize=(14, 7.9), dpi=100)
     figure.subplots_adjust(0, 0, 1, 1)
-    axes.set(xlim=(0, 14), ylim=(-0.4, 7.5))
+    axes.set(xlim=(0, 14), ylim=(-0.6, 7.5))
     axes.axis("off")
     for each in FLOORS:
         floor(axes, *each)
@@ -118,7 +119,7 @@ def main():
     arrow(axes, (11.28, 5.9), (11.75, 5.9))
     arrow(axes, (12.8, 6.75), (12.8, 7.15), (1.2, 7.15), (1.2, 6.73))
     write(axes, 7, 7.45, "an output goes in again: methods compose by passing folders", ha="center")
-    arrow(axes, (2.45, 4.9), (2.45, -0.15))
+    arrow(axes, (2.45, 4.9), (2.45, -0.35))
     write(axes, 2.22, 2.6, "imports go down, never up", rotation=90, ha="center", va="center")
     figure.savefig(ROOT / "docs/images/architecture.png")
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 torch.set_num_threads(1)  # tests run side by side, and one thread sums in one order
-pytest.register_assert_rewrite("launching")  # pytest explains the failed asserts of tests and conftest.py alone
+pytest.register_assert_rewrite("launching", "sharding")  # else those of tests and conftest.py alone are explained
 
 
 LONG = ("simulated_cuda_0", "simulated_cuda_1", "test_student_kd_runs", "test_evaluate", "test_tiny_sd", "test_app")
@@ -327,6 +328,30 @@ def uninterrupted(pipelines, tmp_path_factory):
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def apart(tmp_path, monkeypatch):
+    """Indexes that can't lie beside their shards stay in the test, and nothing waits for a network."""
+    from common import remote, shard_index
+
+    monkeypatch.setattr(shard_index, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(remote, "WAITS", (0, 0, 0))
+    shard_index._remote_shards.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """sharding.UNEVEN's 165 samples in six shards, without an index."""
+    from sharding import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards") / "made")
+
+
+@pytest.fixture
+def shards(made, tmp_path):
+    """The same, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "shards"))
 
 
 def run_in_process(module, *arguments):

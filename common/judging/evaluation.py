@@ -48,6 +48,8 @@ class Evaluation:
                 "center_crop": True,
                 "random_flip": False,
                 "aspect_ratio_buckets": False,
+                "streaming": False,
+                "shard_index": None,
             }
             try:
                 dataset = read_data(argparse.Namespace(**{**vars(args), **held_out}))

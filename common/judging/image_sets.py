@@ -93,6 +93,8 @@ def real_dataset(dataset, count):
         samples = dataset.samples[:count]
         identity["files"] = _files_fingerprint(sample[0] for sample in samples)
         identity["parts"] = hashlib.sha256(repr([sample[1:3] for sample in samples]).encode()).hexdigest()[:16]
+    elif hasattr(dataset, "content"):
+        identity["shards"] = dataset.content
     elif hasattr(dataset, "files"):
         identity["files"] = _files_fingerprint(dataset.files)
     else:

@@ -16,6 +16,7 @@ from launching import each
 from PIL import Image
 from test_data import image_bytes, load, write, write_coco, write_tar
 
+from common import remote, shard_index, streams
 from common.errors import DataError
 
 PNG = image_bytes()
@@ -94,6 +95,12 @@ def cut(file, share=0.6):
 def cut_at_header(folder):
     file = shard(folder, {f"{n}.{kind}": content for n in "abcd" for kind, content in (("png", PNG), ("txt", b"a"))})
     os.truncate(file, 2 * (1024 + 512 + 512) + 256)  # a.png and b.png are a block of header and one or two of bytes
+
+
+def index_of(folder, count, size=None):
+    """webdataset's index of 0.tar, which says that it has so many samples."""
+    entries = [{"url": "0.tar", "nsamples": count, **({"filesize": size} if size else {})}]
+    write(folder / "index.json", json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": entries}))
 
 
 READ = {  # what is there: (how it is made, the captions that are read, what is said)
@@ -206,6 +213,37 @@ REFUSED = {  # what is wrong: (how it is made, words of the sentence)
     "hidden files alone": (lambda d: write(d / ".a/0.png", PNG), "is empty"),
     "a table of no rows": (lambda d: write(d / "metadata.jsonl", "\n"), "no usable samples"),
 }  # fmt: skip
+STREAMS = {  # .tar shards with --streaming, what is wrong: (how it is made, words of the sentence)
+    "an empty shard among others": (lambda d: (shard(d), write(d / "1.tar", b"")), "1.tar can't be read"),
+    "a shard that is no tar": (lambda d: (shard(d), write(d / "1.tar", b"no" * 900)), "1.tar can't be read"),
+    "a compressed shard": (lambda d: write(d / "0.tar", gzip.compress(b"x" * 2000)), "0.tar is compressed"),
+    "shards without captions": (lambda d: shard(d, {"a.png": PNG}), "No pair of an image and a caption is in 1"),
+    "shards whose images come before all captions": (
+        lambda d: shard(d, {"a.png": PNG, "b.png": PNG, "a.txt": b"a", "b.txt": b"b"}),
+        "0.tar: the files of a do not lie beside each other"),
+    "no shards": (pairs, "holds no .tar shards; other formats are read without --streaming"),
+    "an index.json of something else": (
+        lambda d: (shard(d), write(d / "index.json", '{"version": 2, "shards": []}')),
+        "index.json is no index of shards"),
+}  # fmt: skip
+LEFT_OUT = {  # the same, where the rest is read: (how it is made, the captions that are read, what is said)
+    "a shard cut in an image": (lambda d: cut(shard(d), 0.17), ["a"], "cut or damaged"),
+    "a shard cut at a header": (cut_at_header, ["a", "a"], "cut or damaged"),
+    "a sample with broken JSON": (
+        lambda d: shard(d, {"a.png": PNG, "a.json": b"{bad", "b.png": PNG, "b.txt": b"b"}),
+        ["b", "b"], "0.tar:a.json is no JSON"),
+    "a sample whose .json has no caption": (
+        lambda d: shard(d, {"a.png": PNG, "a.json": b"{}", "b.png": PNG, "b.txt": b"b"}),
+        ["b", "b"], "0.tar:a.json has no caption"),
+    "a caption in cp1252": (
+        lambda d: shard(d, {"a.png": PNG, "a.txt": "é".encode("cp1252"), "b.png": PNG, "b.txt": b"b"}),
+        ["b", "b"], "a.txt is neither UTF-8 nor UTF-16"),
+    "an index that counts too many": (
+        lambda d: (shard(d), index_of(d, 3)), ["a", "b", "a"], "sample 2 of .*0.tar: its shard has 2 whole samples"),
+    "an index of other shards than these": (
+        lambda d: (shard(d), index_of(d, 7, size=99)),
+        ["a", "b"], "index.json is not used: .*0.tar has .* bytes, not 99"),
+}  # fmt: skip
 PICTURES = {  # what lies beside nine good ones: how it is made
     "an image of no bytes": b"",
     "a cut image": PNG[: len(PNG) // 2],
@@ -217,6 +255,7 @@ PICTURES = {  # what lies beside nine good ones: how it is made
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(shard_index, "HF_HOME", str(tmp_path / "cache"))
 
 
 @each(READ, "{}", "read right; whatever is left out is said")
@@ -244,6 +283,45 @@ def test_what_is_wrong_is_refused_by_name(tmp_path, case):
         load(tmp_path / "data")
     said = str(error.value)
     assert re.search(words, said) and "\n" not in said and "data" in said, said
+
+
+@each(STREAMS, "{}, with --streaming", "refused in a sentence that names the shard or file")
+def test_shards_that_can_t_be_a_stream_are_refused_by_name(tmp_path, case):
+    make, words = STREAMS[case]
+    make(tmp_path / "data")
+    with pytest.raises(DataError) as error:
+        load(tmp_path / "data", streaming=True)
+    said = str(error.value)
+    assert re.search(words, said) and "\n" not in said and "data" in said, said
+
+
+@each(LEFT_OUT, "{}, with --streaming", "the rest is read; what is left out is said, and too much of it ends the run")
+def test_a_stream_goes_on_past_what_is_broken(tmp_path, caplog, capsys, case):
+    make, captions, said = LEFT_OUT[case]
+    make(tmp_path / "data")
+    dataset = load(tmp_path / "data", streaming=True)
+    assert [dataset[index, 0, index]["caption"] for index in range(dataset.size)] == captions
+    assert re.search(said, caplog.text + capsys.readouterr().out)
+
+
+@pytest.mark.fault("a URL of shards that fails for a while", "read again; where it goes on, one sentence ends the run")
+def test_a_url_that_fails(tmp_path, monkeypatch):
+    shard(tmp_path / "data")
+    load(tmp_path / "data", streaming=True)  # writes the index
+    dataset, failures, opened = load(f"file://{tmp_path}/data"), [], streams.open_file
+
+    def fail(path):
+        if failures:
+            raise failures.pop()
+        return opened(path)
+
+    monkeypatch.setattr(streams, "open_file", fail)
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
+    failures += [ConnectionResetError("reset"), TimeoutError("late")]
+    assert dataset[0, 0, 0]["caption"] == "a"
+    failures += [ConnectionResetError("reset")] * 3
+    with pytest.raises(DataError, match="data/0.tar can't be read, tried 3 times .ConnectionResetError: reset"):
+        load(f"file://{tmp_path}/data")[1, 0, 0]
 
 
 @each(PICTURES, "{} among good ones", "left out, counted and named once; the next one stands in")
