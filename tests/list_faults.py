@@ -20,6 +20,7 @@ Every line is a test: what people's files, models and machines do, and what the 
 TITLES = {
     "test_killed": "Killed",
     "test_runs": "Runs and machines",
+    "test_sharded_runs": "Sharded runs",
     "test_models": "Models and LoRAs",
     "test_data_faults": "Data",
     "test_caches": "Caches",

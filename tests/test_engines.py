@@ -1,22 +1,19 @@
 """FSDP2 and ZeRO-2: what they train is what DDP trains, and their checkpoints go on under any engine."""
 
 import importlib
-import os
 import shutil
-import signal
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, engine_environment, fork, run_in_process
-from launching import SCRIPTS, SPLIT, error_of, flags, fork_and_wait, wait_for
+from launching import SCRIPTS, SPLIT, error_of, flags, fork_and_wait
 from safetensors.torch import load_file
 
 from benchmarks.processes import losses
-from common.checkpoint import checkpoints_in, damage_of, read_state
+from common.checkpoint import read_state
 from common.parts import Parts
-from common.stopping import STOPPED
 
 CONFIGS = {"fsdp2": "fsdp2", "zero2": "deepspeed_zero2", "offload": "deepspeed_zero2_offload"}
 SHARDED = [name for name in SCRIPTS if name not in ("train_flash_lora", "train_add")]
@@ -273,49 +270,3 @@ def test_every_configuration_is_short_and_known_to_accelerate(file):
     assert args.mixed_precision in ("no", "fp16", "bf16") and f"accelerate_configs/{file.name}" in DOCUMENT
     unknown = [key for key in yaml.safe_load(file.read_text()).get("fsdp_config", {}) if not hasattr(args, key)]
     assert not unknown
-
-
-@pytest.mark.fault("kill -9 of one of two FSDP2 processes while it saves its part", "the one before it is whole")
-@pytest.mark.xdist_group("train_guided")
-def test_a_part_that_was_not_written_makes_no_checkpoint(pipelines, tmp_path):
-    (tmp_path / "torn.py").write_text(TORN)
-    line = whole(pipelines, "train_guided", tmp_path / "run", "--batch_size", 2)
-    told = engine_environment("fsdp2", "--mixed_precision", "no")
-    command = [tmp_path / "torn.py", ROOT / "train_guided.py", *line]
-    process = fork(*command, processes=2, output=tmp_path / "torn.txt", told=told)
-    assert process.wait() == -signal.SIGKILL
-    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2]
-    run_under("fsdp2", tmp_path, "train_guided", *line, *LATEST)
-    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [2, 4]
-    assert (tmp_path / "run/final").is_dir() and not list((tmp_path / "run").glob(".*.tmp"))
-
-
-TORN = """
-import os, runpy, signal, sys
-import safetensors.torch
-sys.argv[:] = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-from common import hooks
-save = hooks.save_parts
-def torn(folder, name, *rest):
-    if os.environ["RANK"] == "1" and folder.endswith(".checkpoint-4.tmp") and name == "optimizer":
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(folder, name, *rest)
-hooks.save_parts = torn
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.fault("SIGTERM to one of two FSDP2 processes", "both save the same step, each its part, and end with 75")
-@pytest.mark.xdist_group("train_guided")
-def test_sigterm_to_one_of_two_saves_both_parts(pipelines, tmp_path):
-    line = whole(pipelines, "train_guided", tmp_path / "run", "--batch_size", 2, "--max_steps", 100000)
-    told = engine_environment("fsdp2", "--mixed_precision", "no")
-    process = fork(ROOT / "train_guided.py", *line, processes=2, output=tmp_path / "said.txt", told=told)
-    wait_for((tmp_path / "run/checkpoint-2/state.json").is_file, process)
-    os.kill(process.pids[1], signal.SIGTERM)
-    assert process.wait() == STOPPED and set(process._codes.values()) == {STOPPED}
-    last, checkpoint = checkpoints_in(tmp_path / "run")[-1]
-    assert damage_of(checkpoint) is None and f"after step {last};" in said(tmp_path)
-    (checkpoint / "student-00001-of-00002.safetensors").unlink()
-    assert "student-00001-of-00002.safetensors is missing" in damage_of(checkpoint)
