@@ -93,7 +93,7 @@ def test_a_sharded_run_is_that_of_one_process(pipelines, ddp, tmp_path, name, en
     assert_close(*finals, **SPLIT)
 
 
-GOES_ON = {"fsdp2": ("fsdp2", "zero2"), "zero2": ("zero2", "offload", "fsdp2")}
+GOES_ON = {"fsdp2": [("fsdp2", 2), ("zero2", 1), ("ddp", 1)], "zero2": [("zero2", 2), ("offload", 2), ("fsdp2", 1)]}
 
 
 @each_engine
@@ -104,8 +104,7 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
     (first := tmp_path / "first").mkdir()
     run_under(engine, tmp_path, name, *whole(pipelines, name, first, *line))
     last = contents(first / "checkpoint-4", ("student", "student_ema", "optimizer"))
-    ways = [(other, 2) for other in GOES_ON[engine]] + [(engine, 1), ("ddp", 1)]
-    for other, processes in ways:
+    for other, processes in GOES_ON[engine]:
         folder = start_from(first / "checkpoint-3", tmp_path / f"{other}-{processes}")
         again = whole(pipelines, name, folder, *line, *LATEST)
         if other == "ddp":
@@ -118,7 +117,7 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
         assert_close(contents(folder / "checkpoint-4", ("student", "student_ema", "optimizer")), last, **tolerance)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "offload"])
+@each_engine
 @pytest.mark.xdist_group("train_student_kd")
 def test_half_precision_learned_projections_and_a_judge(pipelines, students, tmp_path, engine):
     """bf16 is the computation's alone; a student of half the width learns projections, and best/ is judged by all."""

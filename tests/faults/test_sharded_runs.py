@@ -78,9 +78,7 @@ def test_sigterm_to_one_of_two_saves_both_parts(pipelines, fsdp2, tmp_path):
     assert damage_of(checkpoint) is None and f"after step {last};" in (tmp_path / "said.txt").read_text()
 
 
-@pytest.mark.fault(
-    "a process's part of a checkpoint is gone or cut", "the checkpoint before it is used, and it says so"
-)
+@pytest.mark.fault("a process's part of a checkpoint is gone or cut", "the checkpoint before it is used, and said")
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_lost_part_is_no_checkpoint(pipelines, fsdp2, written, tmp_path, gone):
     line = resuming(pipelines, written, tmp_path)
