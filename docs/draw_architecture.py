@@ -37,8 +37,8 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "a run": "settle  preflight\ntrial  run  timing\noutputs  sampling\nparticles  single_file",
             "a small teacher": "teacher_data\nteacher_objectives\npart_training",
             "judging/": "metrics  image_sets\nresults  planning\nevaluation  previews",
-            "compression/, of a pipeline": "students  distillation\nplanning  pruning\nlora_conversion\n"
-            "lora_check  report  captions",
+            "compression/, of a pipeline": "students  distillation\nplanning  pruning\n"
+            "lora_conversion  report\nlora_check  captions",
         },
     ),
     (
@@ -51,7 +51,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "compression/, of a model": "pruned_models\nchannels  calibration\nquantization  manifest\n"
             "quantized_folders",
             "make, adapt": "small_models  lora\nlora_formats\ntext_encoders\ndiscriminators",
-            "keep": "contract  schedulers\ncheckpoint  identity\nhooks  hub  workflows",
+            "keep": "contract  schedulers\ncheckpoint  identity\nhooks  parts  stopping\nhub  workflows",
         },
     ),
     (
@@ -63,7 +63,7 @@ FLOORS = [  # (title, colour, bottom, height, {room: files}), top to bottom
             "data": "shapes  texts  images  buckets\nclass_files  data_formats  data\n"
             "shards  shard_index  streams\nremote  loader  cache",
             "mathematics": "diffusion  optimization\nema  randomness\nvolumes  memory",
-            "flags, mistakes": "arguments\nerrors",
+            "flags, mistakes, processes": "arguments\nerrors\nengines",
         },
     ),
 ]
