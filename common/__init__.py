@@ -20,7 +20,7 @@ for _logger, _words in {
     # diffusers looks for torchao's old tensor classes, which only pickles have; and torch minds how torchao registers.
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
     "torch.utils._pytree": "register_constant() on Enum subclasses",
-    # accelerate imports deepspeed wherever a model is saved, which then looks for a GPU and says what it found.
+    # deepspeed looks for a GPU and says what it found.
     "DeepSpeed": "Setting accelerator to CPU",
 }.items():
     logging.getLogger(_logger).addFilter(_Without(_words))

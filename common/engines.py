@@ -11,6 +11,7 @@ import os
 from datetime import timedelta
 from functools import partial
 
+import accelerate.utils.other
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
@@ -28,6 +29,9 @@ ALONE = (
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # What FSDP2 gathers at once: the parts of a UNet and of a CLIP text model that most of their weights are in.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
+if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+    # Wherever a model is saved accelerate imports deepspeed, for two seconds, to see whether it is an engine of its.
+    accelerate.utils.other.is_deepspeed_available = lambda: False
 
 # Opening
 

@@ -193,6 +193,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def test_no_run_but_deepspeeds_imports_it(pipelines, tmp_path):
+    """It takes seconds; accelerate would, to save a text encoder."""
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    line = whole(pipelines, "train_guided", tmp_path / "run", "--max_steps", 1)
+    assert "Done: " in fork_and_wait(tmp_path, tmp_path / "imported.py", ROOT / "train_guided.py", *line)
+    assert (tmp_path / "run/final/text_encoder").is_dir()
+
+
+IMPORTED = """
+import os, runpy, sys
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert "deepspeed" not in sys.modules
+"""
+
+
 # Refusals
 
 
