@@ -15,7 +15,7 @@ import accelerate.utils.other
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +66,8 @@ def check_engine(args, mixed_precision, unsharded=None):
         raise UsageError(f"{name}: {unsharded}: {instead}.")
     if engine == "fsdp2" and os.environ.get("FSDP_VERSION") != "2":
         raise UsageError("FSDP: version 2 alone is taken here: set fsdp_version: 2, as accelerate_configs/fsdp2.yaml.")
+    if engine == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
+        raise UsageError("fsdp_auto_wrap_policy: take TRANSFORMER_BASED_WRAP, as accelerate_configs/fsdp2.yaml.")
     if engine == "fsdp2" and offloaded:
         raise UsageError("fsdp_offload_params: use accelerate_configs/deepspeed_zero2_offload.yaml instead.")
     if engine == "zero2" and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
@@ -194,6 +196,11 @@ def _skeleton(module):
 # Parts and wholes
 
 
+def named_parameters(module):
+    """{name: parameter} of a module, by the names that they had before accelerate wrapped what is in it."""
+    return fsdp2_canonicalize_names(dict(module.named_parameters()))
+
+
 def local(tensor):
     """What of a tensor is on this process: its part, where it is cut, else itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -272,10 +279,10 @@ def whole(run, module, everywhere=False, device=None, dtype=None):
         return module
     root, skeleton = next(pair for pair in run.skeletons if pair[1] is found[0])
     reshard(root)
-    place = next(name for name, part in root.named_modules() if part is module)
+    (place,) = fsdp2_canonicalize_names({name: part for name, part in root.named_modules() if part is module})
     kept = everywhere or run.accelerator.is_main_process
     copied = copy.deepcopy(skeleton.get_submodule(place)) if kept else None
-    for name, parameter in module.named_parameters():
+    for name, parameter in named_parameters(module).items():
         value = full(parameter)
         if kept:
             owner, _, leaf = name.rpartition(".")

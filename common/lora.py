@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.compression.quantization import layers_of, quantize_weights
 from common.contract import file_metadata
+from common.engines import named_parameters
 from common.errors import UsageError, first_line
 from common.pipelines import load_unet, with_guidance_input
 
@@ -125,7 +126,7 @@ def without_adapters(unet):
 
 def trainable(module):
     """{name: parameter} of what is trained of a module."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named_parameters(module).items() if p.requires_grad}
 
 
 def save_lora(folder, pipeline):

@@ -117,14 +117,23 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
         assert_close(contents(folder / "checkpoint-4", ("student", "student_ema", "optimizer")), last, **tolerance)
 
 
-@each_engine
+CHECKPOINTED = {  # what is computed again: by the script's flag, or by accelerate, which keeps the rest on the CPU
+    "fsdp2": ([], {"FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}),
+    "fsdp2, by its flag": (["--gradient_checkpointing"], {}),
+    "zero2": (["--gradient_checkpointing"], {}),
+}
+
+
+@pytest.mark.parametrize("way", CHECKPOINTED)
 @pytest.mark.xdist_group("train_student_kd")
-def test_half_precision_learned_projections_and_a_judge(pipelines, students, tmp_path, engine):
+def test_half_precision_learned_projections_and_a_judge(pipelines, students, tmp_path, way):
     """bf16 is the computation's alone; a student of half the width learns projections, and best/ is judged by all."""
-    student = students("sd", "sd_small", (8, 16))
-    line = ["--student_model", student, "--batch_size", 2, "--mixed_precision", "bf16", "--eval_steps", 2]
-    line += ["--num_eval_images", 3, "--eval_inference_steps", 2, "--export", "fp16", "--gradient_checkpointing"]
-    run_under(engine, tmp_path, "train_student_kd", *whole(pipelines, "train_student_kd", tmp_path, *line))
+    student, (more, changed) = students("sd", "sd_small", (8, 16)), CHECKPOINTED[way]
+    line = ["--student_model", student, "--batch_size", 2, "--mixed_precision", "bf16", "--eval_steps", 2, *more]
+    line += ["--num_eval_images", 3, "--eval_inference_steps", 2, "--export", "fp16"]
+    line = whole(pipelines, "train_student_kd", tmp_path, *line)
+    told = {**engine_environment(CONFIGS[way.partition(",")[0]], "--mixed_precision", "no"), **changed}
+    fork_and_wait(tmp_path, ROOT / "train_student_kd.py", *line, processes=2, told=told)
     before = load_file(student / "unet/diffusion_pytorch_model.safetensors")
     for name in ("best", "final"):
         after = load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors")
@@ -240,6 +249,7 @@ def test_what_no_engine_shards_is_refused_at_once(monkeypatch, tmp_path, capsys,
 
 CONFIGURED = [
     ("fsdp2", {"FSDP_VERSION": "1"}, [], "fsdp_version: 2"),
+    ("fsdp2", {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, [], "take TRANSFORMER_BASED_WRAP"),
     ("fsdp2", {"FSDP_OFFLOAD_PARAMS": "true"}, [], "use accelerate_configs/deepspeed_zero2_offload.yaml"),
     ("fsdp2", {}, ["--channels_last"], "--channels_last is not for FSDP2"),
     ("deepspeed_zero2", {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, [], "ZeRO's stage 2 alone"),
