@@ -25,6 +25,15 @@ HEAP_SHARE, HEAP_LIMIT = 0.7, 2**25
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Code of libraries that is read in as the first step runs, and what they keep: measured likewise.
 LIBRARIES = 40e6
+# Of the rows of an Estimate, what an engine cuts into as many parts as there are processes, and what of it is in the
+# CPU's memory where the engine offloads.
+SHARDED = {
+    "ddp": (),
+    "fsdp2": ("trained weights", "their average", "target network", "optimizer states", "gradients"),
+    "zero2": ("their average", "master weights", "optimizer states", "gradients"),
+}
+OFFLOADED = {"ddp": (), "fsdp2": SHARDED["fsdp2"], "zero2": ("master weights", "optimizer states", "gradients")}
+BUCKET = 5e8  # elements that DeepSpeed collects before it reduces them: its reduce_bucket_size
 
 
 # Beforehand
@@ -110,11 +119,13 @@ def is_floating(x):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made within it that are still held: `now`, and `peak`, the most there were.
 
-    Of the peak: `gradients` of the parameters given, and `small`, tensors below HEAP_LIMIT.
+    Of the peak: `gradients` of the parameters given, and `small`, tensors below HEAP_LIMIT. sends: a gradient is
+    gone as soon as it is there, into what stands for all gradients all the time.
     """
 
-    def __init__(self, parameters=()):
+    def __init__(self, parameters=(), sends=False):
         super().__init__()
+        self.sends = sends
         self.now = self.peak = self.gradients = self.small = 0
         self._storages, self._gradients, self._small = weakref.WeakValueDictionary(), 0, 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in parameters]
@@ -141,7 +152,10 @@ class LiveBytes(TorchDispatchMode):
         self._small -= size * (size < HEAP_LIMIT)
 
     def _accumulated(self, parameter):
-        self._gradients += parameter.grad.nbytes
+        if self.sends:
+            parameter.grad = None
+        else:
+            self._gradients += parameter.grad.nbytes
 
     def __exit__(self, *error):
         for hook in self._hooks:
@@ -160,13 +174,54 @@ def bytes_of(module, trained=None):
     return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """What is told of the engine, see common/engines.py, as far as memory depends on it."""
+
+    engine: str = "ddp"
+    offloads: bool = False  # what is sharded is in the CPU's memory
+    least: int | None = None  # FSDP2 makes a unit of every module of more parameters,
+    classes: tuple = ()  # or of those of classes of these names
+
+    def units(self, module):
+        """(trained parameters of FSDP2's largest unit, those that are whole at once while the module runs, at most).
+
+        A unit is gathered as it is entered and let go as it is left, but for the root, the module itself. So whole
+        are a unit, those around it and one more, which is fetched meanwhile.
+        """
+        sizes = []
+
+        def visit(part):  # (parameters that the unit around it has of it, those that units inside hold at once)
+            below = [visit(child) for child in part.children()]
+            own = sum(p.numel() for p in part.parameters(recurse=False) if p.requires_grad)
+            own, inside = own + sum(left for left, _ in below), max((held for _, held in below), default=0)
+            if part is not module and not self.is_unit(part):
+                return own, inside
+            sizes.append(own)
+            return 0, own + inside
+
+        _, held = visit(module)
+        return max(sizes), held + max(sizes[:-1], default=0)
+
+    def is_unit(self, part):
+        if isinstance(part, torch.nn.ModuleList | torch.nn.ModuleDict):  # which have no forward
+            return False
+        if self.least is None:
+            return type(part).__name__ in self.classes
+        return sum(p.numel() for p in part.parameters()) > self.least
+
+
+DDP = Sharding()
+
+
 @dataclass
 class Estimate:
     """Bytes at the moment of a step when they are most: {name: bytes}, and of "activations" the largest forward
-    without gradients."""
+    without gradients. offloaded: bytes in the CPU's memory instead of a GPU's."""
 
     rows: dict
     without_gradients: int
+    offloaded: int = 0
 
     @property
     def total(self):
@@ -176,32 +231,46 @@ class Estimate:
         """[(name, what is said)] of the rows that there are."""
         said = [(f"  {name}", in_words(count)) for name, count in self.rows.items() if count]
         largest = f", of which the largest forward without gradients takes {in_words(self.without_gradients)}"
-        return [(name, text + largest * (name == "  activations")) for name, text in said]
+        said = [(name, text + largest * (name == "  activations")) for name, text in said]
+        return said + [("in the CPU's memory", in_words(self.offloaded))] * bool(self.offloaded)
 
 
-def estimate(args, live, without_gradients, frozen, trained, heads, target, kind, processes):
+def estimate(
+    args, live, without_gradients, frozen, trained, heads, target, kind, processes, sharding=DDP, units=(0, 0)
+):
     """The Estimate of a step that `live` has counted.
 
-    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks.
+    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks; units: bytes of
+    Sharding.units.
     """
-    offloaded = kind == "cuda" and getattr(args, "offload_ema", False)
     moments = (2 * trained if not args.use_8bit_adam else trained // 2) + 2 * heads
-    # Gradients of earlier micro-batches, and DDP's buckets, are there all the time; else a part of them at the peak.
-    stay = args.gradient_accumulation_steps > 1 or processes > 1
     heap = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else HEAP_SHARE * live.small
-    return Estimate(
-        {
-            "frozen weights": frozen,
-            "trained weights": trained + heads,
-            "their average": 0 if offloaded else trained,
-            "target network": trained if target else 0,
-            "optimizer states": moments,
-            "gradients": trained + heads if stay else live.gradients,
-            "activations": live.peak - live.gradients,
-            "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
-        },
-        without_gradients,
-    )
+    zero2, (largest, whole) = sharding.engine == "zero2", units
+    rows = {
+        "frozen weights": frozen,
+        "trained weights": trained + heads,
+        "gathered weights": whole,
+        "their average": trained,
+        "target network": trained if target else 0,
+        "master weights": trained if zero2 else 0,
+        "optimizer states": moments,
+        "gradients": trained + heads if live.sends else live.gradients,
+        "gathered gradients": 2 * largest,  # of a unit, and what they are sent from
+        "reduce bucket": bucket_of(trained, kind) if zero2 else 0,
+        "activations": live.peak - live.gradients,
+        "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
+    }
+    rows |= {name: round(rows[name] / processes) for name in SHARDED[sharding.engine]}
+    away = set(OFFLOADED[sharding.engine] if sharding.offloads else ())
+    away |= {"their average"} if getattr(args, "offload_ema", False) else set()
+    away = away if kind == "cuda" else set()  # else it is the same memory
+    offloaded = sum(rows[name] for name in away)
+    return Estimate(rows | dict.fromkeys(away, 0), without_gradients, offloaded)
+
+
+def bucket_of(trained, kind):
+    """Bytes of DeepSpeed's bucket, for so many of gradients: a GPU has all of it, a CPU what is written to."""
+    return round(4 * BUCKET) if kind == "cuda" else min(round(4 * BUCKET), trained)
 
 
 def in_words(count):
