@@ -244,6 +244,8 @@ def estimate(
     Sharding.units.
     """
     moments = (2 * trained if not args.use_8bit_adam else trained // 2) + 2 * heads
+    # Of DDP, whose buckets what was accumulated without being sent is copied into.
+    copies = 2 if sharding.engine == "ddp" and processes > 1 and args.gradient_accumulation_steps > 1 else 1
     heap = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else HEAP_SHARE * live.small
     zero2, (largest, whole) = sharding.engine == "zero2", units
     rows = {
@@ -254,7 +256,7 @@ def estimate(
         "target network": trained if target else 0,
         "master weights": trained if zero2 else 0,
         "optimizer states": moments,
-        "gradients": trained + heads if live.sends else live.gradients,
+        "gradients": copies * (trained + heads) if live.sends else live.gradients,
         "gathered gradients": 2 * largest,  # of a unit, and what they are sent from
         "reduce bucket": bucket_of(trained, kind) if zero2 else 0,
         "activations": live.peak - live.gradients,

@@ -119,7 +119,7 @@ def test_what_a_full_sdxl_needs(sdxl):
     teacher = bytes_of(networks.teacher)
     held = sum(rows[name] for name in ("trained weights", "their average", "target network", "optimizer states"))
     assert abs((held + teacher) / GIB - 52.6) < 0.05
-    assert rows["gradients"] == rows["trained weights"] == 2 * teacher  # and 71.8 GiB with DDP's copy of them
+    assert rows["gradients"] == rows["trained weights"] == 2 * teacher  # and 71.8 GiB where DDP copies them
     assert abs((held + teacher + 2 * rows["gradients"]) / GIB - 71.8) < 0.1
 
 
@@ -170,7 +170,10 @@ def test_ddp_holds_all_and_its_buckets_from_the_start(sd15):
         assert alone.rows[name] == among.rows[name] > 0
     assert among.rows["gradients"] == trained >= alone.rows["gradients"]
     assert among.rows["activations"] >= alone.rows["activations"] and among.total == full(2)[0].total > alone.total
-    assert among.total == full(1, gradient_accumulation_steps=2)[0].total  # gradients of before stand as buckets do
+    accumulated, _ = full(1, gradient_accumulation_steps=2)
+    assert among.total == accumulated.total  # gradients of before stand as buckets do
+    both, _ = full(8, gradient_accumulation_steps=2)
+    assert both.rows["gradients"] == 2 * trained and both.total == among.total + trained
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
