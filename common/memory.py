@@ -25,14 +25,13 @@ HEAP_SHARE, HEAP_LIMIT = 0.7, 2**25
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Code of libraries that is read in as the first step runs, and what they keep: measured likewise.
 LIBRARIES = 40e6
-# Of the rows of an Estimate, what an engine cuts into as many parts as there are processes, and what of it is in the
-# CPU's memory where the engine offloads.
+# Of the rows of an Estimate, what an engine cuts into as many parts as there are processes; where it offloads, all of
+# that is in the CPU's memory.
 SHARDED = {
     "ddp": (),
     "fsdp2": ("trained weights", "their average", "target network", "optimizer states", "gradients"),
-    "zero2": ("their average", "master weights", "optimizer states", "gradients"),
+    "zero2": ("master weights", "optimizer states", "gradients"),
 }
-OFFLOADED = {"ddp": (), "fsdp2": SHARDED["fsdp2"], "zero2": ("master weights", "optimizer states", "gradients")}
 BUCKET = 5e8  # elements that DeepSpeed collects before it reduces them: its reduce_bucket_size
 
 
@@ -180,35 +179,27 @@ class Sharding:
 
     engine: str = "ddp"
     offloads: bool = False  # what is sharded is in the CPU's memory
-    least: int | None = None  # FSDP2 makes a unit of every module of more parameters,
-    classes: tuple = ()  # or of those of classes of these names
+    blocks: tuple = ()  # names of classes: FSDP2 gathers a block at once
 
-    def units(self, module):
-        """(trained parameters of FSDP2's largest unit, those that are whole at once while the module runs, at most).
+    def gathered(self, module):
+        """Trained parameters of FSDP2's root, of its largest block, and those that are whole at once, at most.
 
-        A unit is gathered as it is entered and let go as it is left, but for the root, the module itself. So whole
-        are a unit, those around it and one more, which is fetched meanwhile.
+        A block is gathered as it is entered and let go as it is left; the root, which has what is in no block, stays.
+        So whole are the root, a block, those around it, and one more, which is fetched meanwhile.
         """
         sizes = []
 
-        def visit(part):  # (parameters that the unit around it has of it, those that units inside hold at once)
+        def visit(part):  # (parameters that the block around it has of it, those that blocks inside hold at once)
             below = [visit(child) for child in part.children()]
             own = sum(p.numel() for p in part.parameters(recurse=False) if p.requires_grad)
             own, inside = own + sum(left for left, _ in below), max((held for _, held in below), default=0)
-            if part is not module and not self.is_unit(part):
+            if part is not module and type(part).__name__ not in self.blocks:
                 return own, inside
             sizes.append(own)
             return 0, own + inside
 
         _, held = visit(module)
-        return max(sizes), held + max(sizes[:-1], default=0)
-
-    def is_unit(self, part):
-        if isinstance(part, torch.nn.ModuleList | torch.nn.ModuleDict):  # which have no forward
-            return False
-        if self.least is None:
-            return type(part).__name__ in self.classes
-        return sum(p.numel() for p in part.parameters()) > self.least
+        return sizes[-1], max(sizes), held + max(sizes[:-1], default=0)
 
 
 DDP = Sharding()
@@ -236,34 +227,34 @@ class Estimate:
 
 
 def estimate(
-    args, live, without_gradients, frozen, trained, heads, target, kind, processes, sharding=DDP, units=(0, 0)
+    args, live, without_gradients, frozen, trained, heads, target, kind, processes, sharding=DDP, gathered=(0, 0)
 ):
     """The Estimate of a step that `live` has counted.
 
-    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks; units: bytes of
-    Sharding.units.
+    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks; gathered: bytes of
+    weights and of gradients that FSDP2 has gathered.
     """
     moments = (2 * trained if not args.use_8bit_adam else trained // 2) + 2 * heads
     # Of DDP, whose buckets what was accumulated without being sent is copied into.
     copies = 2 if sharding.engine == "ddp" and processes > 1 and args.gradient_accumulation_steps > 1 else 1
     heap = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else HEAP_SHARE * live.small
-    zero2, (largest, whole) = sharding.engine == "zero2", units
+    zero2 = sharding.engine == "zero2"
     rows = {
         "frozen weights": frozen,
         "trained weights": trained + heads,
-        "gathered weights": whole,
+        "gathered weights": gathered[0],
         "their average": trained,
         "target network": trained if target else 0,
         "master weights": trained if zero2 else 0,
         "optimizer states": moments,
         "gradients": copies * (trained + heads) if live.sends else live.gradients,
-        "gathered gradients": 2 * largest,  # of a unit, and what they are sent from
+        "gathered gradients": gathered[1],
         "reduce bucket": bucket_of(trained, kind) if zero2 else 0,
         "activations": live.peak - live.gradients,
         "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
     }
     rows |= {name: round(rows[name] / processes) for name in SHARDED[sharding.engine]}
-    away = set(OFFLOADED[sharding.engine] if sharding.offloads else ())
+    away = set(SHARDED[sharding.engine] if sharding.offloads else ())
     away |= {"their average"} if getattr(args, "offload_ema", False) else set()
     away = away if kind == "cuda" else set()  # else it is the same memory
     offloaded = sum(rows[name] for name in away)

@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 
-from common.engines import launched_engine
+from common.engines import BLOCKS, NAMES, launched_engine
 from common.errors import UserError, first_line
 from common.memory import SHARDED, Sharding, Watch, bytes_of, in_words
 from common.pipelines import compute_dtype
 from common.trial import make_networks, memory_of
 
 LARGE = 4e9  # bytes of an average that a GPU may want to be rid of, or of what it might share with others
-NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2"}
 
 
 def preflight(args, dataset, guidance_scale=None, subfolder="", **method):
@@ -51,10 +50,11 @@ def where_it_runs(args):
 def launched_sharding():
     """The Sharding that accelerate launch asked for, through the environment."""
     engine, offloads = launched_engine()
-    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() if engine == "fsdp2" else ""
-    least = int(os.environ.get("FSDP_MIN_NUM_PARAMS", 0)) if policy == "SIZE_BASED_WRAP" else None
-    classes = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "") if policy == "TRANSFORMER_BASED_WRAP" else ""
-    return Sharding(engine, offloads, least, tuple(filter(None, classes.replace(" ", "").split(","))))
+    blocks = ()
+    if engine == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP":
+        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+        blocks = BLOCKS if named is None else tuple(name.strip() for name in named.split(","))
+    return Sharding(engine, offloads, blocks)
 
 
 def describe(args, dataset, guidance_scale, kind, precision, processes, method):

@@ -218,9 +218,14 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
     if kind == "cuda" and getattr(args, "teacher_cpu_offload", False):
         frozen -= bytes_of(networks.teacher)
     heads = 0 if networks.heads is None else bytes_of(networks.heads)
-    units = [count * dtype.itemsize for count in sharding.units(student)] if fsdp2 else (0, 0)
+    gathered = 0, 0
+    if fsdp2:
+        root, largest, whole = sharding.gathered(student)
+        # The target's root stays too. Gradients of a block are in the compute dtype, and are sent in fp32.
+        weights, gradients = whole + networks.target * root, largest * (dtype.itemsize + torch.float32.itemsize)
+        gathered = weights * dtype.itemsize, gradients
     found = args, live, without_gradients, frozen, trained, heads, networks.target
-    return estimate(*found, kind, processes, sharding, units)
+    return estimate(*found, kind, processes, sharding, gathered)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import common.trial
 import train_lcm
+from common.engines import BLOCKS
 from common.memory import SHARDED, LiveBytes, Sharding, bytes_of, in_words
 from common.preflight import launched_sharding
 from common.trial import make_networks, memory_of
@@ -149,18 +150,19 @@ def test_gradients_that_are_sent_are_not_held():
     assert peaks[True] >= peaks[False]
 
 
-def test_a_unit_those_around_it_and_one_more_are_whole_at_once():
-    block = [
-        torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 2, bias=False)) for _ in "ab"
-    ]
-    network = torch.nn.Sequential(torch.nn.ModuleList(block), torch.nn.Linear(5, 1, bias=False))
-    assert Sharding("fsdp2").units(network) == (245, 245)  # the root alone: nothing is fetched meanwhile
-    # Each block is a unit of 120, the root has 5: a block, the root and the next block.
-    assert Sharding("fsdp2", classes=("Sequential",)).units(network) == (120, 245)
-    # Of more than 99 parameters: the 10 x 10 within each block too, never the list. 100 + 20 + 5, and 100 more.
-    assert Sharding("fsdp2", least=99).units(network) == (100, 225)
+def test_a_block_those_around_it_and_one_more_are_whole_at_once():
+    def linear(*shape):
+        return torch.nn.Linear(*shape, bias=False)
+
+    blocks = torch.nn.ModuleList(torch.nn.Sequential(linear(10, 10), torch.nn.Bilinear(2, 5, 2)) for _ in range(2))
+    network = torch.nn.Sequential(blocks, linear(5, 1))
+    assert Sharding("fsdp2").gathered(network) == (249, 249, 249)  # the root alone: nothing is fetched meanwhile
+    # Each block has 122, the root 5: a block, the root and the next block.
+    assert Sharding("fsdp2", blocks=("Sequential",)).gathered(network) == (5, 122, 249)
+    # Blocks within blocks: 100 of 22 each, and 5; one of 100 is fetched while another one runs.
+    assert Sharding("fsdp2", blocks=("Sequential", "Linear")).gathered(network)[1:] == (100, 0 + 22 + 100 + 100)
     network.requires_grad_(False)
-    assert Sharding("fsdp2", least=99).units(network) == (0, 0)
+    assert Sharding("fsdp2").gathered(network) == (0, 0, 0)
 
 
 def test_ddp_holds_all_and_its_buckets_from_the_start(sd15):
@@ -179,7 +181,7 @@ def test_ddp_holds_all_and_its_buckets_from_the_start(sd15):
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_an_engine_shares_what_it_shards_and_no_more(sd15, engine):
     ddp, trained = full(8)
-    two, eight = (full(processes, engine, False, 10**7)[0].rows for processes in (2, 8))
+    two, eight = (full(processes, engine, False, BLOCKS)[0].rows for processes in (2, 8))
     for name in SHARDED[engine]:
         whole = trained if name == "master weights" else ddp.rows[name]
         assert eight[name] == round(whole / 8) and two[name] == round(whole / 2) > 0
@@ -192,25 +194,26 @@ def test_an_engine_shares_what_it_shards_and_no_more(sd15, engine):
 
 
 def test_fsdp2_gathers_in_the_compute_dtype_and_casts_nothing(sd15):
-    rows = {dtype: full(8, "fsdp2", False, 10**7, dtype=dtype)[0].rows for dtype in (torch.float32, torch.bfloat16)}
+    rows = {dtype: full(8, "fsdp2", False, BLOCKS, dtype=dtype)[0].rows for dtype in (torch.float32, torch.bfloat16)}
     wide, half = rows.values()
-    assert half["gathered weights"] == wide["gathered weights"] / 2 < wide["trained weights"]
+    assert half["gathered weights"] == wide["gathered weights"] / 2
     assert half["trained weights"] == wide["trained weights"]
     assert half["activations"] < full(8)[0].rows["activations"] - 1.5e9  # without 860 M weights in bf16
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_what_an_engine_offloads_is_in_the_cpus_memory(sd15, engine):
-    there, _ = full(8, engine, False, 10**7)
-    away, trained = full(8, engine, True, 10**7)
+    there, _ = full(8, engine, False, BLOCKS)
+    away, trained = full(8, engine, True, BLOCKS)
     assert away.total + away.offloaded == there.total and there.offloaded == 0
     assert away.offloaded == (6 if engine == "fsdp2" else 4) * trained / 8
     assert away.shown()[-1] == ("in the CPU's memory", in_words(away.offloaded))
-    on_cpu, _ = full(8, engine, True, 10**7, device="cpu")
+    on_cpu, _ = full(8, engine, True, BLOCKS, device="cpu")
     assert on_cpu.offloaded == 0 and on_cpu.rows["optimizer states"] == there.rows["optimizer states"]
 
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "8"}
+LAUNCHED["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # as accelerate_configs/fsdp2.yaml
 
 
 def launched(monkeypatch, **more):
@@ -220,20 +223,19 @@ def launched(monkeypatch, **more):
 
 def test_what_accelerate_launch_asked_for(monkeypatch):
     assert launched_sharding() == Sharding()
-    launched(monkeypatch, FSDP_AUTO_WRAP_POLICY="SIZE_BASED_WRAP", FSDP_MIN_NUM_PARAMS="1000")
-    assert launched_sharding() == Sharding("fsdp2", False, 1000)
-    named = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "A, B"}
-    launched(monkeypatch, FSDP_OFFLOAD_PARAMS="true", **named)
-    assert launched_sharding() == Sharding("fsdp2", True, None, ("A", "B"))
+    launched(monkeypatch)
+    assert launched_sharding() == Sharding("fsdp2", False, BLOCKS)
+    launched(monkeypatch, FSDP_OFFLOAD_PARAMS="true", FSDP_TRANSFORMER_CLS_TO_WRAP="A, B")
+    assert launched_sharding() == Sharding("fsdp2", True, ("A", "B"))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
-    offload = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-    launched(monkeypatch, **offload)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert launched_sharding() == Sharding("zero2", False)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
     assert launched_sharding() == Sharding("zero2", True)
 
 
 def test_a_dry_run_under_fsdp2_says_what_each_process_takes(pipelines, tmp_path, monkeypatch, capsys):
-    launched(monkeypatch, FSDP_AUTO_WRAP_POLICY="SIZE_BASED_WRAP", FSDP_MIN_NUM_PARAMS="1000")
+    launched(monkeypatch)
     arguments = quick(pipelines, tmp_path, "--dry_run")
     with pytest.raises(SystemExit):
         run_in_process(train_lcm, *arguments)
