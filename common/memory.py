@@ -245,7 +245,7 @@ def estimate(
         "gathered weights": gathered[0],
         "their average": trained,
         "target network": trained if target else 0,
-        "master weights": trained if zero2 else 0,
+        "master weights": zero2 * trained * (1 + sharding.offloads),  # offloaded, they go back by way of a copy
         "optimizer states": moments,
         "gradients": copies * (trained + heads) if live.sends else live.gradients,
         "gathered gradients": gathered[1],

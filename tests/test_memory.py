@@ -205,8 +205,9 @@ def test_fsdp2_gathers_in_the_compute_dtype_and_casts_nothing(sd15):
 def test_what_an_engine_offloads_is_in_the_cpus_memory(sd15, engine):
     there, _ = full(8, engine, False, BLOCKS)
     away, trained = full(8, engine, True, BLOCKS)
-    assert away.total + away.offloaded == there.total and there.offloaded == 0
-    assert away.offloaded == (6 if engine == "fsdp2" else 4) * trained / 8
+    copy = (engine == "zero2") * trained / 8
+    assert away.total + away.offloaded == there.total + copy and there.offloaded == 0
+    assert away.offloaded == (6 if engine == "fsdp2" else 5) * trained / 8
     assert away.shown()[-1] == ("in the CPU's memory", in_words(away.offloaded))
     on_cpu, _ = full(8, engine, True, BLOCKS, device="cpu")
     assert on_cpu.offloaded == 0 and on_cpu.rows["optimizer states"] == there.rows["optimizer states"]
