@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from common.run import Run  # noqa: E402
 
-BYTES_SENT = 200  # where tcpi_bytes_sent is in Linux's struct tcp_info
+BYTES_SENT = 200  # where tcpi_bytes_sent is in Linux's struct tcp_info, and behind it those that were sent again
 BACKENDS = ("gloo:", "nccl:")
 
 
@@ -40,7 +40,7 @@ def parse_args(argv=None):
 
 
 def bytes_sent():
-    """Bytes that went out through the TCP sockets that this process has open, so far."""
+    """Bytes that went out through the TCP sockets that this process has open, so far; each once."""
     total = 0
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -48,8 +48,9 @@ def bytes_sent():
                 continue
             with socket.socket(fileno=os.dup(int(number))) as opened:
                 if opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM:
-                    info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 8)
-                    total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+                    info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, BYTES_SENT + 16)
+                    sent, again = struct.unpack_from("QQ", info, BYTES_SENT)
+                    total += sent - again
         except OSError:  # closed meanwhile, or none that is connected
             continue
     return total

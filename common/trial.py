@@ -221,9 +221,10 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
     gathered = 0, 0
     if fsdp2:
         root, largest, whole = sharding.gathered(student)
-        # The target's root stays too. Gradients of a block are in the compute dtype, and are sent in fp32.
+        # The target's root stays too. Gradients of a block are in the compute dtype, and are sent in fp32; those of
+        # micro-batches before the last one are kept whole, and not sent.
         weights, gradients = whole + networks.target * root, largest * (dtype.itemsize + torch.float32.itemsize)
-        gathered = weights * dtype.itemsize, gradients
+        gathered = weights * dtype.itemsize, gradients + (args.gradient_accumulation_steps > 1) * trained
     found = args, live, without_gradients, frozen, trained, heads, networks.target
     return estimate(*found, kind, processes, sharding, gathered)
 

@@ -199,6 +199,8 @@ def test_fsdp2_gathers_in_the_compute_dtype_and_casts_nothing(sd15):
     assert half["gathered weights"] == wide["gathered weights"] / 2
     assert half["trained weights"] == wide["trained weights"]
     assert half["activations"] < full(8)[0].rows["activations"] - 1.5e9  # without 860 M weights in bf16
+    kept, trained = full(8, "fsdp2", False, BLOCKS, gradient_accumulation_steps=2)
+    assert kept.rows == {**half, "gathered gradients": half["gathered gradients"] + trained}
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
