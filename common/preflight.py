@@ -87,7 +87,7 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
             saved = saved_by_sharding(args, networks, expected, processes)
             if sharding.engine == "ddp" and saved > LARGE:
                 said = f"takes about {in_words(saved)} less of each process: what is trained is shared among them"
-                rows.append(("advice", f"accelerate_configs/fsdp2.yaml {said}"))
+                rows.append(("advice", f"accelerate_configs/fsdp2.yaml, in bf16, {said}"))
         if trained is not None and args.dry_run and kind == "cpu":
             half = torch.bfloat16
             there = memory_of(args, make_networks(args, half, **method), "cuda", half, *asked)
