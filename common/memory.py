@@ -25,6 +25,14 @@ HEAP_SHARE, HEAP_LIMIT = 0.7, 2**25
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Code of libraries that is read in as the first step runs, and what they keep: measured likewise.
 LIBRARIES = 40e6
+# Of the rows of an Estimate, what an engine cuts into as many parts as there are processes; where it offloads, all of
+# that is in the CPU's memory.
+SHARDED = {
+    "ddp": (),
+    "fsdp2": ("trained weights", "their average", "target network", "optimizer states", "gradients"),
+    "zero2": ("master weights", "optimizer states", "gradients"),
+}
+BUCKET = 5e8  # elements that DeepSpeed collects before it reduces them: its reduce_bucket_size
 
 
 # Beforehand
@@ -110,11 +118,13 @@ def is_floating(x):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made within it that are still held: `now`, and `peak`, the most there were.
 
-    Of the peak: `gradients` of the parameters given, and `small`, tensors below HEAP_LIMIT.
+    Of the peak: `gradients` of the parameters given, and `small`, tensors below HEAP_LIMIT. sends: a gradient is
+    gone as soon as it is there, into what stands for all gradients all the time.
     """
 
-    def __init__(self, parameters=()):
+    def __init__(self, parameters=(), sends=False):
         super().__init__()
+        self.sends = sends
         self.now = self.peak = self.gradients = self.small = 0
         self._storages, self._gradients, self._small = weakref.WeakValueDictionary(), 0, 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._accumulated) for p in parameters]
@@ -141,7 +151,10 @@ class LiveBytes(TorchDispatchMode):
         self._small -= size * (size < HEAP_LIMIT)
 
     def _accumulated(self, parameter):
-        self._gradients += parameter.grad.nbytes
+        if self.sends:
+            parameter.grad = None
+        else:
+            self._gradients += parameter.grad.nbytes
 
     def __exit__(self, *error):
         for hook in self._hooks:
@@ -160,13 +173,46 @@ def bytes_of(module, trained=None):
     return sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """What is told of the engine, see common/engines.py, as far as memory depends on it."""
+
+    engine: str = "ddp"
+    offloads: bool = False  # what is sharded is in the CPU's memory
+    blocks: tuple = ()  # names of classes: FSDP2 gathers a block at once
+
+    def gathered(self, module):
+        """Trained parameters of FSDP2's root, of its largest block, and those that are whole at once, at most.
+
+        A block is gathered as it is entered and let go as it is left; the root, which has what is in no block, stays.
+        So whole are the root, a block, those around it, and one more, which is fetched meanwhile.
+        """
+        sizes = []
+
+        def visit(part):  # (parameters that the block around it has of it, those that blocks inside hold at once)
+            below = [visit(child) for child in part.children()]
+            own = sum(p.numel() for p in part.parameters(recurse=False) if p.requires_grad)
+            own, inside = own + sum(left for left, _ in below), max((held for _, held in below), default=0)
+            if part is not module and type(part).__name__ not in self.blocks:
+                return own, inside
+            sizes.append(own)
+            return 0, own + inside
+
+        _, held = visit(module)
+        return sizes[-1], max(sizes), held + max(sizes[:-1], default=0)
+
+
+DDP = Sharding()
+
+
 @dataclass
 class Estimate:
     """Bytes at the moment of a step when they are most: {name: bytes}, and of "activations" the largest forward
-    without gradients."""
+    without gradients. offloaded: bytes in the CPU's memory instead of a GPU's."""
 
     rows: dict
     without_gradients: int
+    offloaded: int = 0
 
     @property
     def total(self):
@@ -176,32 +222,48 @@ class Estimate:
         """[(name, what is said)] of the rows that there are."""
         said = [(f"  {name}", in_words(count)) for name, count in self.rows.items() if count]
         largest = f", of which the largest forward without gradients takes {in_words(self.without_gradients)}"
-        return [(name, text + largest * (name == "  activations")) for name, text in said]
+        said = [(name, text + largest * (name == "  activations")) for name, text in said]
+        return said + [("in the CPU's memory", in_words(self.offloaded))] * bool(self.offloaded)
 
 
-def estimate(args, live, without_gradients, frozen, trained, heads, target, kind, processes):
+def estimate(
+    args, live, without_gradients, frozen, trained, heads, target, kind, processes, sharding=DDP, gathered=(0, 0)
+):
     """The Estimate of a step that `live` has counted.
 
-    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks.
+    frozen, trained, heads: bytes of weights, in fp32 but for the frozen ones; target: see Networks; gathered: bytes of
+    weights and of gradients that FSDP2 has gathered.
     """
-    offloaded = kind == "cuda" and getattr(args, "offload_ema", False)
     moments = (2 * trained if not args.use_8bit_adam else trained // 2) + 2 * heads
-    # Gradients of earlier micro-batches, and DDP's buckets, are there all the time; else a part of them at the peak.
-    stay = args.gradient_accumulation_steps > 1 or processes > 1
+    # Of DDP, whose buckets what was accumulated without being sent is copied into.
+    copies = 2 if sharding.engine == "ddp" and processes > 1 and args.gradient_accumulation_steps > 1 else 1
     heap = 0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else HEAP_SHARE * live.small
-    return Estimate(
-        {
-            "frozen weights": frozen,
-            "trained weights": trained + heads,
-            "their average": 0 if offloaded else trained,
-            "target network": trained if target else 0,
-            "optimizer states": moments,
-            "gradients": trained + heads if stay else live.gradients,
-            "activations": live.peak - live.gradients,
-            "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
-        },
-        without_gradients,
-    )
+    zero2 = sharding.engine == "zero2"
+    rows = {
+        "frozen weights": frozen,
+        "trained weights": trained + heads,
+        "gathered weights": gathered[0],
+        "their average": trained,
+        "target network": trained if target else 0,
+        "master weights": zero2 * trained * (1 + sharding.offloads),  # offloaded, they go back by way of a copy
+        "optimizer states": moments,
+        "gradients": copies * (trained + heads) if live.sends else live.gradients,
+        "gathered gradients": gathered[1],
+        "reduce bucket": bucket_of(trained, kind) if zero2 else 0,
+        "activations": live.peak - live.gradients,
+        "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
+    }
+    rows |= {name: round(rows[name] / processes) for name in SHARDED[sharding.engine]}
+    away = set(SHARDED[sharding.engine] if sharding.offloads else ())
+    away |= {"their average"} if getattr(args, "offload_ema", False) else set()
+    away = away if kind == "cuda" else set()  # else it is the same memory
+    offloaded = sum(rows[name] for name in away)
+    return Estimate(rows | dict.fromkeys(away, 0), without_gradients, offloaded)
+
+
+def bucket_of(trained, kind):
+    """Bytes of DeepSpeed's bucket, for so many of gradients: a GPU has all of it, a CPU what is written to."""
+    return round(4 * BUCKET) if kind == "cuda" else min(round(4 * BUCKET), trained)
 
 
 def in_words(count):

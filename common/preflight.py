@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from common.engines import BLOCKS, NAMES, launched_engine
 from common.errors import UserError, first_line
-from common.memory import Watch, bytes_of, in_words
+from common.memory import SHARDED, Sharding, Watch, bytes_of, in_words
 from common.pipelines import compute_dtype
 from common.trial import make_networks, memory_of
 
-LARGE = 4e9  # bytes of an average that a GPU may want to be rid of
+LARGE = 4e9  # bytes of an average that a GPU may want to be rid of, or of what it might share with others
 
 
 def preflight(args, dataset, guidance_scale=None, subfolder="", **method):
@@ -46,6 +47,16 @@ def where_it_runs(args):
     return "cuda" if cuda or asked else "cpu", precision, int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched_sharding():
+    """The Sharding that accelerate launch asked for, through the environment."""
+    engine, offloads = launched_engine()
+    blocks = ()
+    if engine == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "TRANSFORMER_BASED_WRAP":
+        named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+        blocks = BLOCKS if named is None else tuple(name.strip() for name in named.split(","))
+    return Sharding(engine, offloads, blocks)
+
+
 def describe(args, dataset, guidance_scale, kind, precision, processes, method):
     """([(name, what is said of it)], the Estimate or None, the network that is trained or None)."""
     guidance = "" if guidance_scale is None else f", guided at {guidance_scale:g}"
@@ -56,8 +67,12 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
     ]
     if getattr(args, "lora_rank", None):
         rows.append(("LoRA", f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, on {' '.join(args.lora_targets)}"))
-    expected, trained = None, None
-    asked = processes, 1 if guidance_scale in (None, 1) else 2, getattr(dataset, "needs_images", False)
+    expected, trained, sharding = None, None, launched_sharding()
+    if sharding.engine != "ddp":
+        shared = ", ".join(name for name in SHARDED[sharding.engine] if name != "target network")
+        where = ", in the CPU's memory" * sharding.offloads
+        rows.append((NAMES[sharding.engine], f"shares among {processes} processes: {shared}{where}"))
+    asked = processes, 1 if guidance_scale in (None, 1) else 2, getattr(dataset, "needs_images", False), sharding
     try:
         networks = make_networks(args, compute_dtype(precision), **method)
         rows += weights(networks)
@@ -69,6 +84,10 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
             average = expected.rows["their average"]
             if average > LARGE and kind == "cuda" and not args.offload_ema:
                 rows.append(("advice", f"--offload_ema keeps {in_words(average)} of average in the CPU's memory"))
+            saved = saved_by_sharding(args, networks, expected, processes)
+            if sharding.engine == "ddp" and saved > LARGE:
+                said = f"takes about {in_words(saved)} less of each process: what is trained is shared among them"
+                rows.append(("advice", f"accelerate_configs/fsdp2.yaml, in bf16, {said}"))
         if trained is not None and args.dry_run and kind == "cpu":
             half = torch.bfloat16
             there = memory_of(args, make_networks(args, half, **method), "cuda", half, *asked)
@@ -82,6 +101,13 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
             ("peak memory", f"not known, as this model can't be tried without its weights: {first_line(error)}")
         )
     return rows, expected, trained
+
+
+def saved_by_sharding(args, networks, expected, processes):
+    """Bytes that FSDP2 would take less than an Estimate under DDP; 0 of a LoRA, or of two that are trained."""
+    if getattr(args, "lora_rank", None) or networks.heads is not None:
+        return 0
+    return round(sum(expected.rows[name] for name in SHARDED["fsdp2"]) * (1 - 1 / processes))
 
 
 def batches(args, dataset, processes):

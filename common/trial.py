@@ -5,6 +5,7 @@ its order: what is encoded, what the teacher says, the student's forward and bac
 is counted by common/memory.py.
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,7 @@ from common.frozen import idle_encoders
 from common.hooks import FeatureTap
 from common.judging.metrics import LPIPS_CROP
 from common.lora import add_lora, layers_to_quantize, without_adapters
-from common.memory import AsOnDevice, LiveBytes, bytes_of, estimate
+from common.memory import DDP, AsOnDevice, LiveBytes, bytes_of, estimate
 from common.text_encoders import TextStates, with_student
 
 TOKENS = 77  # of a caption, where no text encoder says it
@@ -188,11 +189,11 @@ def add_discriminator(networks, args, dtype):
 # A step
 
 
-def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=True):
-    """The Estimate of a training step of these networks.
+def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=True, sharding=DDP):
+    """The Estimate of a training step of these networks, of one process.
 
     kind: of device, "cpu" or "cuda"; rows: of the teacher's batch, for each sample; needs_images: whether the VAE
-    encodes any.
+    encodes any; sharding: of what is trained, among the processes.
     """
     student, mode = networks.trained, AsOnDevice(kind, dtype)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -205,7 +206,11 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
         else:
             unet = student.unet if isinstance(student, Student) else student
             unet.enable_gradient_checkpointing(partial(checkpoint, **again))
-    with LiveBytes(parameters) as live, mode:
+    trained, fsdp2 = bytes_of(student, True), sharding.engine == "fsdp2"
+    # DDP's buckets, shards and gradients of earlier micro-batches are there before a backward begins; else gradients
+    # come as activations go.
+    sends = processes > 1 or args.gradient_accumulation_steps > 1 or sharding.engine != "ddp"
+    with in_dtype(parameters if fsdp2 else (), dtype), LiveBytes(parameters, sends) as live, mode:
         step = text_step if isinstance(student, TextStates) else unet_step
         without_gradients = step(args, networks, mode, live, rows, needs_images)
     frozen = sum(bytes_of(module) for module in networks.held().values()) - bytes_of(student, trained=True)
@@ -213,9 +218,27 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
     if kind == "cuda" and getattr(args, "teacher_cpu_offload", False):
         frozen -= bytes_of(networks.teacher)
     heads = 0 if networks.heads is None else bytes_of(networks.heads)
-    return estimate(
-        args, live, without_gradients, frozen, bytes_of(student, True), heads, networks.target, kind, processes
-    )
+    gathered = 0, 0
+    if fsdp2:
+        root, largest, whole = sharding.gathered(student)
+        # The target's root stays too. Gradients of a block are in the compute dtype, and are sent in fp32; those of
+        # micro-batches before the last one are kept whole, and not sent.
+        weights, gradients = whole + networks.target * root, largest * (dtype.itemsize + torch.float32.itemsize)
+        gathered = weights * dtype.itemsize, gradients + (args.gradient_accumulation_steps > 1) * trained
+    found = args, live, without_gradients, frozen, trained, heads, networks.target
+    return estimate(*found, kind, processes, sharding, gathered)
+
+
+@contextlib.contextmanager
+def in_dtype(parameters, dtype):
+    """Within it fp32 parameters are in a dtype: FSDP2 gathers them in the compute dtype, so that nothing is cast."""
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
 
 
 def blank(*shape, dtype=torch.float32):

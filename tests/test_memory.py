@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_pipeline
+from conftest import ROOT, random_pipeline, run_in_process
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from launching import fork_and_wait
+from launching import fork_and_wait, quick
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import common.trial
-from common.memory import LiveBytes, bytes_of
+import train_lcm
+from common.engines import BLOCKS
+from common.memory import SHARDED, LiveBytes, Sharding, bytes_of, in_words
+from common.preflight import launched_sharding
 from common.trial import make_networks, memory_of
 
 GIB = 2**30
@@ -22,9 +25,8 @@ def arguments(**more):
     """Those that decide what memory a step takes, of a LoRA unless said otherwise."""
     lora = {"lora_rank": 4, "lora_alpha": 32.0, "lora_targets": ["to_q", "to_k", "to_v", "to_out.0"]}
     plain = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
-    return SimpleNamespace(
-        **{**lora, **plain, "resolution": 512, "quantize_frozen": None, "use_8bit_adam": False, **more}
-    )
+    rest = {"resolution": 512, "quantize_frozen": None, "use_8bit_adam": False, "offload_ema": False}
+    return SimpleNamespace(**{**lora, **plain, **rest, **more})
 
 
 def vae():
@@ -118,8 +120,131 @@ def test_what_a_full_sdxl_needs(sdxl):
     teacher = bytes_of(networks.teacher)
     held = sum(rows[name] for name in ("trained weights", "their average", "target network", "optimizer states"))
     assert abs((held + teacher) / GIB - 52.6) < 0.05
-    assert rows["gradients"] == rows["trained weights"] == 2 * teacher  # and 71.8 GiB with DDP's copy of them
+    assert rows["gradients"] == rows["trained weights"] == 2 * teacher  # and 71.8 GiB where DDP copies them
     assert abs((held + teacher + 2 * rows["gradients"]) / GIB - 71.8) < 0.1
+
+
+# Shared among processes
+
+
+def full(processes, *sharding, device="cuda", dtype=torch.bfloat16, **more):
+    """The Estimate of a whole UNet with its target network, of one of so many processes, and the bytes trained."""
+    args = arguments(lora_rank=None, resolution=64, **more)
+    networks = make_networks(args, dtype, target=True)
+    trained = bytes_of(networks.trained)
+    found = memory_of(args, networks, device, dtype, processes, sharding=Sharding(*sharding))
+    assert bytes_of(networks.trained) == trained  # as it was found
+    return found, trained
+
+
+def test_gradients_that_are_sent_are_not_held():
+    """The same two layers: each gradient of 8 x 8 lives for a moment."""
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        peaks = {}
+        for sends in (False, True):
+            with LiveBytes(network.parameters(), sends) as live:
+                torch.autograd.backward(network(torch.zeros(16, 8)).sum())
+            peaks[sends] = live.peak - live.gradients
+            assert [p.grad is None for p in network.parameters()] == 3 * [sends] and live.gradients * sends == 0
+    assert peaks[True] >= peaks[False]
+
+
+def test_a_block_those_around_it_and_one_more_are_whole_at_once():
+    def linear(*shape):
+        return torch.nn.Linear(*shape, bias=False)
+
+    blocks = torch.nn.ModuleList(torch.nn.Sequential(linear(10, 10), torch.nn.Bilinear(2, 5, 2)) for _ in range(2))
+    network = torch.nn.Sequential(blocks, linear(5, 1))
+    assert Sharding("fsdp2").gathered(network) == (249, 249, 249)  # the root alone: nothing is fetched meanwhile
+    # Each block has 122, the root 5: a block, the root and the next block.
+    assert Sharding("fsdp2", blocks=("Sequential",)).gathered(network) == (5, 122, 249)
+    # Blocks within blocks: 100 of 22 each, and 5; one of 100 is fetched while another one runs.
+    assert Sharding("fsdp2", blocks=("Sequential", "Linear")).gathered(network)[1:] == (100, 0 + 22 + 100 + 100)
+    network.requires_grad_(False)
+    assert Sharding("fsdp2").gathered(network) == (0, 0, 0)
+
+
+def test_ddp_holds_all_and_its_buckets_from_the_start(sd15):
+    alone, trained = full(1)
+    among, _ = full(8)
+    for name in ("frozen weights", "trained weights", "their average", "target network", "optimizer states"):
+        assert alone.rows[name] == among.rows[name] > 0
+    assert among.rows["gradients"] == trained >= alone.rows["gradients"]
+    assert among.rows["activations"] >= alone.rows["activations"] and among.total == full(2)[0].total > alone.total
+    accumulated, _ = full(1, gradient_accumulation_steps=2)
+    assert among.total == accumulated.total  # gradients of before stand as buckets do
+    both, _ = full(8, gradient_accumulation_steps=2)
+    assert both.rows["gradients"] == 2 * trained and both.total == among.total + trained
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_an_engine_shares_what_it_shards_and_no_more(sd15, engine):
+    ddp, trained = full(8)
+    two, eight = (full(processes, engine, False, BLOCKS)[0].rows for processes in (2, 8))
+    for name in SHARDED[engine]:
+        whole = trained if name == "master weights" else ddp.rows[name]
+        assert eight[name] == round(whole / 8) and two[name] == round(whole / 2) > 0
+    for name in ("frozen weights", *(set(ddp.rows) - set(SHARDED[engine]) - {"activations"})):
+        if not name.startswith(("gathered", "reduce")):
+            assert eight[name] == two[name] == ddp.rows[name]
+    assert eight["activations"] == two["activations"] <= ddp.rows["activations"]
+    assert bool(eight["gathered weights"]) == bool(eight["gathered gradients"]) == (engine == "fsdp2")
+    assert eight["reduce bucket"] == 2e9 * (engine == "zero2")
+
+
+def test_fsdp2_gathers_in_the_compute_dtype_and_casts_nothing(sd15):
+    rows = {dtype: full(8, "fsdp2", False, BLOCKS, dtype=dtype)[0].rows for dtype in (torch.float32, torch.bfloat16)}
+    wide, half = rows.values()
+    assert half["gathered weights"] == wide["gathered weights"] / 2
+    assert half["trained weights"] == wide["trained weights"]
+    assert half["activations"] < full(8)[0].rows["activations"] - 1.5e9  # without 860 M weights in bf16
+    kept, trained = full(8, "fsdp2", False, BLOCKS, gradient_accumulation_steps=2)
+    assert kept.rows == {**half, "gathered gradients": half["gathered gradients"] + trained}
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_what_an_engine_offloads_is_in_the_cpus_memory(sd15, engine):
+    there, _ = full(8, engine, False, BLOCKS)
+    away, trained = full(8, engine, True, BLOCKS)
+    copy = (engine == "zero2") * trained / 8
+    assert away.total + away.offloaded == there.total + copy and there.offloaded == 0
+    assert away.offloaded == (6 if engine == "fsdp2" else 5) * trained / 8
+    assert away.shown()[-1] == ("in the CPU's memory", in_words(away.offloaded))
+    on_cpu, _ = full(8, engine, True, BLOCKS, device="cpu")
+    assert on_cpu.offloaded == 0 and on_cpu.rows["optimizer states"] == there.rows["optimizer states"]
+
+
+LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "8"}
+LAUNCHED["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"  # as accelerate_configs/fsdp2.yaml
+
+
+def launched(monkeypatch, **more):
+    for name, value in {**LAUNCHED, **more}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_what_accelerate_launch_asked_for(monkeypatch):
+    assert launched_sharding() == Sharding()
+    launched(monkeypatch)
+    assert launched_sharding() == Sharding("fsdp2", False, BLOCKS)
+    launched(monkeypatch, FSDP_OFFLOAD_PARAMS="true", FSDP_TRANSFORMER_CLS_TO_WRAP="A, B")
+    assert launched_sharding() == Sharding("fsdp2", True, ("A", "B"))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert launched_sharding() == Sharding("zero2", False)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    assert launched_sharding() == Sharding("zero2", True)
+
+
+def test_a_dry_run_under_fsdp2_says_what_each_process_takes(pipelines, tmp_path, monkeypatch, capsys):
+    launched(monkeypatch)
+    arguments = quick(pipelines, tmp_path, "--dry_run")
+    with pytest.raises(SystemExit):
+        run_in_process(train_lcm, *arguments)
+    said = capsys.readouterr().out
+    assert re.search(r"\n  FSDP2 +shares among 8 processes: trained weights, their average, .*gradients\n", said), said
+    assert "\n    gathered weights " in said and "reduce bucket" not in said and "MB on cpu, each process" in said
 
 
 # Measured
