@@ -26,6 +26,7 @@ ALONE = (
     "accelerate launch --cpu starts one process, whatever --num_processes and the configuration say. Leave --cpu out: "
     "without a GPU the scripts take the CPU."
 )
+BUCKET = 10**8  # elements of gradients, at most, that DeepSpeed collects before it sends them, in memory of their own
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 # What FSDP2 gathers at once: the parts of a UNet and of a CLIP text model that most of their weights are in.
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
@@ -136,6 +137,8 @@ def prepare(run, module, optimizer):
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["gradient_clipping"] = args.max_grad_norm
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, size)
         config["zero_force_ds_cpu_optimizer"] = False  # torch's own is as fast there, and nothing is to be compiled
     student, optimizer = accelerator.prepare(module, optimizer)
     if run.engine == "zero2":

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from common.engines import BUCKET
+
 # On the CPU glibc's malloc takes tensors below 32 MB (its largest M_MMAP_THRESHOLD) out of one heap, which keeps the
 # gaps between those that live long, and gives nothing back: beside what they hold at the peak so much of it again.
 # Measured on three scripts, see docs/memory.md; told by the environment to map smaller ones, it keeps next to nothing.
@@ -32,7 +34,6 @@ SHARDED = {
     "fsdp2": ("trained weights", "their average", "target network", "optimizer states", "gradients"),
     "zero2": ("master weights", "optimizer states", "gradients"),
 }
-BUCKET = 5e8  # elements that DeepSpeed collects before it reduces them: its reduce_bucket_size
 
 
 # Beforehand
@@ -249,7 +250,7 @@ def estimate(
         "optimizer states": moments,
         "gradients": copies * (trained + heads) if live.sends else live.gradients,
         "gathered gradients": gathered[1],
-        "reduce bucket": bucket_of(trained, kind) if zero2 else 0,
+        "reduce bucket": zero2 * min(4 * BUCKET, trained),
         "activations": live.peak - live.gradients,
         "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
     }
@@ -259,11 +260,6 @@ def estimate(
     away = away if kind == "cuda" else set()  # else it is the same memory
     offloaded = sum(rows[name] for name in away)
     return Estimate(rows | dict.fromkeys(away, 0), without_gradients, offloaded)
-
-
-def bucket_of(trained, kind):
-    """Bytes of DeepSpeed's bucket, for so many of gradients: a GPU has all of it, a CPU what is written to."""
-    return round(4 * BUCKET) if kind == "cuda" else min(round(4 * BUCKET), trained)
 
 
 def in_words(count):
