@@ -36,6 +36,7 @@ from common.data import load_dataset_from_args
 from common.diffusion import NoiseSchedule, ddim_rollout
 from common.discriminators import Dinov2Features, judge, make_heads, make_sight, scores_for_student, see
 from common.ema import EMA
+from common.engines import prepare, prepare_beside
 from common.errors import UsageError
 from common.frozen import load_frozen
 from common.judging.previews import preview_counts
@@ -317,7 +318,7 @@ def teach(args, guided, schedule, conditioning, z, timesteps, x_student, distill
 
 def main(args):
     check_arguments(args)
-    settle(args, unsharded="student and discriminator are two models, each with its optimizer, and it takes one")
+    settle(args)
     from_contract = read_teacher(args, hint=", and give this one as --student_model")
     guidance_scale = from_contract["guidance_scale"]
     check_models(args)
@@ -349,17 +350,17 @@ def main(args):
     # 2 trained, in fp32
     unet = own_unet(args, pipeline)
     set_up(unet, args)
-    parameters = trainable(unet)
-    ema = EMA(parameters, args.ema_decay, args.offload_ema)
     plain_heads = make_heads(sight, unconditional).to(run.device)
     head_parameters = trainable(plain_heads)
 
     # 3 optimizer, resume, data
     own = {"learning_rate": args.discriminator_learning_rate, "max_train_steps": args.max_train_steps - start}
     head_args = argparse.Namespace(**{**vars(args), **own, "use_8bit_adam": False})  # they are small
-    optimizers = adamw(parameters, args), adamw(head_parameters, head_args)
-    student, heads, optimizer, head_optimizer = accelerator.prepare(unet, plain_heads, *optimizers)
-    head_optimizer = head_optimizer.optimizer  # the heads are fp32: fp16's loss scaling is not theirs
+    student, optimizer = prepare(run, unet, adamw(trainable(unet), args))
+    parameters = trainable(unet)
+    ema = EMA(parameters, args.ema_decay, args.offload_ema)
+    heads, head_optimizer = prepare_beside(run, "discriminator", plain_heads, adamw(head_parameters, head_args))
+    accumulated = [student, heads] if run.engine == "ddp" else [student]
     run.register({"student": parameters, "discriminator": head_parameters}, {"student": ema})
     loader = iter(build_dataloader(dataset, args, accelerator, run.step, args.cache_rollouts, updates))
     rollouts = Rollouts(pipeline, args.resolution, args.cache_rollouts * updates)
@@ -377,7 +378,7 @@ def main(args):
             trains_student = update_number == updates - 1  # the student shares the last update's batch
             if not (adversarial or trains_student):
                 continue
-            with accelerator.accumulate(student, heads):
+            with accelerator.accumulate(*accumulated):
                 # draw
                 latents, rollout = latents_of(pipeline, batch), rollouts.of(batch, micro_batch)
                 slots, distill_timesteps, noise, new_noise = draw(args, batch["step"], batch["positions"], latents)

@@ -7,8 +7,8 @@
 By the estimate that every run prints first (docs/memory.md), of each script's own flags, on networks without memory, a
 few seconds each: SD1.5 at 512 pixels, SDXL at 1024, batch 1, bf16. Printed are GB of each GPU without and with
 --gradient_checkpointing, and behind each the smallest card that it fits, where CUDA and its allocator take 1 GB and
-5 % beside it. LoRAs are not sharded, as their gradients and optimizer are a few MB; nor is train_add.py, which trains
-two models. Of ZeRO-2 with offload, GB in the CPU's memory are those of all processes together.
+5 % beside it. LoRAs are not sharded, as their gradients and optimizer are a few MB. Of ZeRO-2 with offload, GB in
+the CPU's memory are those of all processes together.
 
 --measure instead runs scripts under every engine with 2 CPU processes on a random UNet of 55 M parameters, in fp32,
 and prints what each process took, resident, beside the estimate. malloc is told to keep nothing, so that it is tensors
@@ -53,7 +53,6 @@ LORA = {f"train_{name}.py": RANK for name in ("lcm", "guided", "progressive", "a
 RECOVERY = ["--finetune_steps", "9", "--num_eval_images", "0"]
 WHOLE = {f"train_{name}.py": [] for name in ("student_kd", "text_encoder_kd", "guided", "lcm", "progressive", "add")}
 WHOLE |= {"prune_and_quantize.py": RECOVERY}
-UNSHARDED = ("train_add.py",)
 CONFIGS = {"DDP": "cpu", "FSDP2": "fsdp2", "ZeRO-2": "deepspeed_zero2"}  # of accelerate_configs/, where measured
 MEASURED = {"train_lcm.py": [], "train_student_kd.py": []}
 
@@ -145,8 +144,7 @@ def compare(args):
             common += ["--report_to", "none", "--output_dir", str(folder / "run")]
             for what, flags_of in (("LoRA", LORA), ("whole", WHOLE)):
                 for script in (script for script in scripts if script in flags_of):
-                    alone = what == "LoRA" or script in UNSHARDED
-                    engines = {name: ENGINES[name] for name in ENGINES if name == "DDP" or not alone}
+                    engines = {name: ENGINES[name] for name in ENGINES if name == "DDP" or what == "whole"}
                     found = estimates(script, [*common, *flags_of[script]], engines, args.processes)
                     printed[model, what, script] = found
                     for (engine, checkpointing), estimate in found.items():

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag
 from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names, fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UsageError
 
@@ -143,7 +144,22 @@ def prepare(run, module, optimizer):
     student, optimizer = accelerator.prepare(module, optimizer)
     if run.engine == "zero2":
         accelerator.deepspeed_engine_wrapped = StepLater(student)
+    run.optimizers["student"] = optimizer
     return student, optimizer
+
+
+def prepare_beside(run, name, module, optimizer):
+    """The same of a second model, a small one: whole on every process, whatever engine has the first.
+
+    The optimizer is the plain one: what it trains is fp32, and fp16's loss scaling not for it.
+    """
+    if run.engine == "ddp":
+        module, wrapped = run.accelerator.prepare(module, optimizer)
+        optimizer = wrapped.optimizer
+    else:  # accelerate's engines take one model
+        module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    run.optimizers[name] = optimizer
+    return module, optimizer
 
 
 class StepLater:
@@ -224,14 +240,20 @@ def part_of(parameter):
     return first * (parameter.numel() // rows), local(parameter).numel()
 
 
-def optimizer_states(run, parameters):
+def is_cut(run, name):
+    """Whether each process has a part of the optimizer of `name`, of run.optimizers."""
+    return run.engine != "ddp" and name == "student"
+
+
+def optimizer_states(run, which):
     """[(name, offset, {moment: this process's part, to be changed in place}, the optimizer's own state)].
 
-    AdamW's moments of what this process has of {name: parameter}, whether it has stepped yet or not.
+    AdamW's moments of what this process has of the parameters of run.trained[which], whether it has stepped or not.
     """
-    optimizer, found = run.accelerator._optimizers[0].optimizer, []
-    for name, parameter in parameters.items():
-        if run.engine == "zero2":
+    optimizer, found = run.optimizers[which], []
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    for name, parameter in run.trained[which].items():
+        if run.engine == "zero2" and is_cut(run, which):
             place = parameter._hp_mapping  # what of it this process updates
             if place is None:
                 continue
@@ -258,7 +280,7 @@ def _state_of(optimizer, parameter):
 def refresh_deepspeed(run):
     """Let DeepSpeed take over weights that were changed in place: it updates a copy of its own."""
     if run.engine == "zero2":
-        run.accelerator._optimizers[0].optimizer.refresh_fp32_params()
+        run.optimizers["student"].optimizer.refresh_fp32_params()
 
 
 def forget(run, optimizer):

@@ -7,11 +7,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from common.engines import optimizer_states, part_of, refresh_deepspeed
+from common.engines import is_cut, optimizer_states, part_of, refresh_deepspeed
 from common.errors import CheckpointError, first_line
 from common.parts import Parts, save_parts
 
-WHOLE_OPTIMIZER = "optimizer.bin"  # accelerate's, of DDP
+WHOLE_OPTIMIZER = "optimizer.bin"  # accelerate's, of DDP, beside which there is none in parts
 
 
 def register_checkpoint_hooks(accelerator, trained, emas):
@@ -66,12 +66,21 @@ def save_cut(run, folder):
     """What accelerator.save_state does under DDP, of a run whose engine shards: every process writes what it has."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_weights(run.accelerator, folder, run.trained, run.averages)
-    parts = {}
-    for name, offset, moments, state in optimizer_states(run, run.trained["student"]):
-        parts.update({f"{moment}.{name}": (offset, value) for moment, value in moments.items()})
-        if run.accelerator.is_main_process:
-            parts["step"] = 0, state["step"].cpu()
-    save_parts(folder, "optimizer", parts, run.accelerator.process_index, run.accelerator.num_processes)
+    main, rank, processes = (
+        run.accelerator.is_main_process,
+        run.accelerator.process_index,
+        run.accelerator.num_processes,
+    )
+    for number, which in enumerate(run.optimizers):
+        parts = {}
+        for name, offset, moments, state in optimizer_states(run, which):
+            parts.update({f"{moment}.{name}": (offset, value) for moment, value in moments.items()})
+            if main:
+                parts["step"] = 0, state["step"].cpu()
+        if is_cut(run, which):
+            save_parts(folder, optimizer_file(number), parts, rank, processes)
+        elif main:
+            save_parts(folder, optimizer_file(number), parts, 0, 1)
 
 
 @torch.no_grad()
@@ -79,20 +88,27 @@ def load_cut(run, folder):
     """What accelerator.load_state does under DDP, where the engine of the run or of its checkpoint shards."""
     load_weights(folder, run.trained, run.averages)
     refresh_deepspeed(run)
-    parameters, file = run.trained["student"], Path(folder) / WHOLE_OPTIMIZER
-    if file.is_file():
-        saved = torch.load(file, map_location="cpu", weights_only=True)["state"]
-        whole = dict(zip(parameters, (saved[index] for index in sorted(saved))))
-        for name, offset, moments, state in optimizer_states(run, parameters) if saved else ():  # begun anew
-            for moment, value in moments.items():
-                value.copy_(whole[name][moment].flatten()[offset : offset + value.numel()].view(value.shape))
-            state["step"].copy_(whole[name]["step"])
-        return
-    with Parts(folder, "optimizer") as parts:
-        for name, offset, moments, state in optimizer_states(run, parameters):
-            for moment, value in moments.items():
-                value.copy_(parts.read(f"{moment}.{name}", offset, value.numel()).view(value.shape))
-            state["step"].copy_(parts.read("step", 0, 1)[0])
+    for number, which in enumerate(run.optimizers):
+        states, file = optimizer_states(run, which), Path(folder) / f"{optimizer_file(number)}.bin"
+        if file.is_file():  # accelerate's, of DDP
+            saved = torch.load(file, map_location="cpu", weights_only=True)["state"]
+            whole = dict(zip(run.trained[which], (saved[index] for index in sorted(saved))))
+            for name, offset, moments, state in states if saved else ():  # none: begun anew
+                for moment, value in moments.items():
+                    part = whole[name][moment].flatten()[offset : offset + value.numel()]
+                    value.copy_(part.view(value.shape))
+                state["step"].copy_(whole[name]["step"])
+            continue
+        with Parts(folder, optimizer_file(number)) as parts:
+            for name, offset, moments, state in states:
+                for moment, value in moments.items():
+                    value.copy_(parts.read(f"{moment}.{name}", offset, value.numel()).view(value.shape))
+                state["step"].copy_(parts.read("step", 0, 1)[0])
+
+
+def optimizer_file(number):
+    """As accelerate names them."""
+    return f"optimizer_{number}" if number else "optimizer"
 
 
 class FeatureTap:

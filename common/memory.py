@@ -254,7 +254,10 @@ def estimate(
         "activations": live.peak - live.gradients,
         "malloc, libraries": round(heap + LIBRARIES) if kind == "cpu" else 0,
     }
-    rows |= {name: round(rows[name] / processes) for name in SHARDED[sharding.engine]}
+    alone = {"trained weights": heads, "optimizer states": 2 * heads, "gradients": heads}  # whole on every process
+    for name in SHARDED[sharding.engine]:
+        kept = alone.get(name, 0)
+        rows[name] = round((rows[name] - kept) / processes) + kept
     away = set(SHARDED[sharding.engine] if sharding.offloads else ())
     away |= {"their average"} if getattr(args, "offload_ema", False) else set()
     away = away if kind == "cuda" else set()  # else it is the same memory

@@ -66,7 +66,7 @@ def clip(run, optimizer, parameters, name="student"):
     got no gradient: it would never learn.
     """
     run.phase("optimizer")
-    if not run.accelerator.sync_gradients or run.engine == "zero2":  # which clips as it steps
+    if not run.accelerator.sync_gradients or (run.engine == "zero2" and name == "student"):  # which clips as it steps
         return
     without = [key for key, p in parameters.items() if p.grad is None]
     if without:
@@ -86,10 +86,11 @@ def update(run, optimizer, parameters, ema=None, name="student"):
     if not run.accelerator.sync_gradients:
         return
     key = "grad_norm" if name == "student" else f"{name}_grad_norm"
-    if run.engine == "zero2":
+    steps_itself = run.engine == "zero2" and name == "student"
+    if steps_itself:
         run.norms[key] = step_deepspeed(run)
     broken = ~run.norms[key].isfinite()
-    if run.engine != "zero2":
+    if not steps_itself:
         _step(optimizer, broken)
     optimizer.zero_grad(set_to_none=True)
     counts = run.skipped.get(name)

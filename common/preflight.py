@@ -104,10 +104,11 @@ def describe(args, dataset, guidance_scale, kind, precision, processes, method):
 
 
 def saved_by_sharding(args, networks, expected, processes):
-    """Bytes that FSDP2 would take less than an Estimate under DDP; 0 of a LoRA, or of two that are trained."""
-    if getattr(args, "lora_rank", None) or networks.heads is not None:
+    """Bytes that FSDP2 would take less than an Estimate under DDP; 0 of a LoRA."""
+    if getattr(args, "lora_rank", None):
         return 0
-    return round(sum(expected.rows[name] for name in SHARDED["fsdp2"]) * (1 - 1 / processes))
+    heads = 0 if networks.heads is None else 4 * bytes_of(networks.heads)  # with their gradients and moments
+    return round((sum(expected.rows[name] for name in SHARDED["fsdp2"]) - heads) * (1 - 1 / processes))
 
 
 def batches(args, dataset, processes):

@@ -151,6 +151,7 @@ class Run:
     watch: object = None  # common/memory.py's Watch: what memory it was expected to take, and takes
     engine: str = "ddp"  # or "fsdp2", "zero2"; see common/engines.py
     mixed_precision: str = "no"
+    optimizers: dict = field(default_factory=dict)  # name to optimizer, as prepared
     skeletons: list = field(default_factory=list)  # (what an engine has, a copy of it without memory)
     trained: dict = field(default_factory=dict)  # name to {name: parameter}
     averages: dict = field(default_factory=dict)  # name to EMA

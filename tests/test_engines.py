@@ -16,7 +16,7 @@ from common.checkpoint import read_state
 from common.parts import Parts
 
 CONFIGS = {"fsdp2": "fsdp2", "zero2": "deepspeed_zero2", "offload": "deepspeed_zero2_offload"}
-SHARDED = [name for name in SCRIPTS if name not in ("train_flash_lora", "train_add")]
+SHARDED = [name for name in SCRIPTS if name != "train_flash_lora"]
 DOCUMENT = (ROOT / "docs/distributed.md").read_text()
 LATEST = ["--resume_from_checkpoint", "latest"]
 
@@ -61,10 +61,10 @@ def start_from(checkpoint, folder):
     return folder
 
 
-def contents(checkpoint, names=("student", "student_ema")):
+def contents(checkpoint, more=()):
     """{(file, name): flat tensor} of what a checkpoint holds, whole or in parts."""
-    found = {}
-    for file in names:
+    found, two = {}, ["discriminator"] * (checkpoint / "discriminator.safetensors").is_file()
+    for file in ("student", "student_ema", *two, *more):
         with Parts(checkpoint, file) as parts:
             found.update({(file, key): parts.read(key, 0, parts.numel(key)) for key in parts.keys() - {"step"}})
     return found
@@ -103,7 +103,7 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
     name, line = "train_student_kd", ["--batch_size", 2, "--checkpointing_steps", 3]
     (first := tmp_path / "first").mkdir()
     run_under(engine, tmp_path, name, *whole(pipelines, name, first, *line))
-    last = contents(first / "checkpoint-4", ("student", "student_ema", "optimizer"))
+    last = contents(first / "checkpoint-4", ["optimizer"])
     for other, processes in GOES_ON[engine]:
         folder = start_from(first / "checkpoint-3", tmp_path / f"{other}-{processes}")
         again = whole(pipelines, name, folder, *line, *LATEST)
@@ -114,7 +114,7 @@ def test_a_sharded_checkpoint_goes_on_under_every_engine(pipelines, ddp, tmp_pat
         run_under(other, tmp_path, name, *again, processes=processes)
         same = (other, processes) == (engine, 2)
         tolerance = dict(atol=0, rtol=0) if same else SPLIT
-        assert_close(contents(folder / "checkpoint-4", ("student", "student_ema", "optimizer")), last, **tolerance)
+        assert_close(contents(folder / "checkpoint-4", ["optimizer"]), last, **tolerance)
 
 
 CHECKPOINTED = {  # what is computed again: by the script's flag, or by accelerate, which keeps the rest on the CPU
@@ -230,8 +230,7 @@ def asked(monkeypatch, config, *more):
 REFUSED = [
     ("train_flash_lora", [], "a LoRA has a few megabytes"),
     ("train_guided", ["--lora_rank", 4], "a LoRA has a few megabytes"),
-    ("train_add", [], "student and discriminator are two models"),
-    ("train_add", ["--lora_rank", 4], "student and discriminator are two models"),
+    ("train_add", ["--lora_rank", 4], "a LoRA has a few megabytes"),
     ("optimize_sds", [], "images or a volume are optimized"),
     ("train_guided", ["--torch_compile"], "--torch_compile is not for"),
 ]

@@ -69,8 +69,8 @@ def preview(run, pipeline, scheduler, contract):
 def preview_counts(run, pipeline, scheduler, step_counts):
     """samples/step-N.png at every step count that the student takes, and how much the images of a prompt differ."""
     args, rows, labels = run.args, [], []
-    if run.accelerator.is_main_process:
-        for steps in step_counts:
+    with made_whole(run, pipeline):
+        for steps in step_counts if run.accelerator.is_main_process else ():
             count = args.num_validation_images
             with run.accelerator.autocast():
                 made = sample_images(
@@ -80,6 +80,7 @@ def preview_counts(run, pipeline, scheduler, step_counts):
             if diversity is not None:
                 run.accelerator.log({f"diversity_{steps}_steps": diversity}, step=run.step)
             rows, labels = rows + made, labels + [f"{steps}: {prompt}" for prompt in args.validation_prompts]
+    if run.accelerator.is_main_process:
         log_images(run.accelerator, run.folder, rows, labels, run.step)
     run.accelerator.wait_for_everyone()
 
