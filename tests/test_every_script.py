@@ -347,7 +347,7 @@ def test_every_adapter_of_a_lora_reloads_in_stock_diffusers(pipelines, tmp_path,
         for p in trained.values():
             p.normal_(std=0.2, generator=generator)
     accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    run = SimpleNamespace(accelerator=accelerator, folder=tmp_path, args=args, step=1)
+    run = SimpleNamespace(accelerator=accelerator, folder=tmp_path, args=args, step=1, skeletons=[])
     contract = {
         "parent": pipelines(kind),
         "revision": None,
