@@ -196,9 +196,8 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
     encodes any; sharding: of what is trained, among the processes.
     """
     student, mode = networks.trained, AsOnDevice(kind, dtype)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    if networks.heads is not None:
-        parameters += networks.heads.parameters()
+    cut = [p for p in student.parameters() if p.requires_grad]
+    parameters = [*cut, *(networks.heads.parameters() if networks.heads is not None else ())]
     if args.gradient_checkpointing:
         again = {"use_reentrant": False, "context_fn": mode.contexts}
         if isinstance(student, TextStates):
@@ -210,7 +209,7 @@ def memory_of(args, networks, kind, dtype, processes=1, rows=2, needs_images=Tru
     # DDP's buckets, shards and gradients of earlier micro-batches are there before a backward begins; else gradients
     # come as activations go.
     sends = processes > 1 or args.gradient_accumulation_steps > 1 or sharding.engine != "ddp"
-    with in_dtype(parameters if fsdp2 else (), dtype), LiveBytes(parameters, sends) as live, mode:
+    with in_dtype(cut if fsdp2 else (), dtype), LiveBytes(parameters, sends) as live, mode:
         step = text_step if isinstance(student, TextStates) else unet_step
         without_gradients = step(args, networks, mode, live, rows, needs_images)
     frozen = sum(bytes_of(module) for module in networks.held().values()) - bytes_of(student, trained=True)

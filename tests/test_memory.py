@@ -12,6 +12,7 @@ from launching import fork_and_wait, quick
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import common.trial
+import train_add
 import train_lcm
 from common.engines import BLOCKS
 from common.memory import SHARDED, LiveBytes, Sharding, bytes_of, in_words
@@ -245,6 +246,29 @@ def test_a_dry_run_under_fsdp2_says_what_each_process_takes(pipelines, tmp_path,
     said = capsys.readouterr().out
     assert re.search(r"\n  FSDP2 +shares among 8 processes: trained weights, their average, .*gradients\n", said), said
     assert "\n    gathered weights " in said and "reduce bucket" not in said and "MB on cpu, each process" in said
+
+
+def test_a_discriminator_is_whole_beside_a_shared_student(pipelines, tmp_path, monkeypatch, capsys):
+    """Of heads, their gradients and moments no process is rid of any part; and bf16 casts the student alone."""
+
+    def rows(**told):
+        with monkeypatch.context() as patched:
+            patched.setenv("WORLD_SIZE", "1000000")
+            for key, value in told.items():
+                patched.setenv(key, value)
+            with pytest.raises(SystemExit):
+                run_in_process(train_add, *quick(pipelines, tmp_path, "--dry_run", "--mixed_precision", "bf16"))
+        said = capsys.readouterr().out
+        found = re.findall(r"\n    (trained weights|optimizer states|gradients) +([\d.]+ .?B)", said)
+        heads = int(re.search(r"discriminator, ([\d,]+) parameters", said)[1].replace(",", ""))
+        return dict(found), heads
+
+    engine = {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    found, heads = rows(ACCELERATE_USE_FSDP="true", **engine)
+    wanted = {"trained weights": 4 * heads, "optimizer states": 8 * heads, "gradients": 4 * heads}
+    assert found == {name: in_words(count) for name, count in wanted.items()}
+    alone, _ = rows()
+    assert alone["trained weights"] != found["trained weights"]
 
 
 # Measured
