@@ -2,12 +2,15 @@
 
 import importlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, engine_environment, fork, run_in_process
+from conftest import ROOT, engine_environment, environment, fork, run_in_process
 from launching import SCRIPTS, SPLIT, error_of, flags, fork_and_wait
 from safetensors.torch import load_file
 
@@ -91,6 +94,29 @@ def test_a_sharded_run_is_that_of_one_process(pipelines, ddp, tmp_path, name, en
     part = "text_encoder/model" if name == "train_text_encoder_kd" else "unet/diffusion_pytorch_model"
     finals = [load_file(folder / f"final/{part}.safetensors") for folder in (tmp_path, ddp(name))]
     assert_close(*finals, **SPLIT)
+
+
+@pytest.mark.xdist_group("train_guided")
+def test_two_machines_are_one_process(pipelines, ddp, tmp_path):
+    """Two launchers with multi_node.yaml, of one process each, that find each other by an address."""
+    start_from(ddp("train_guided") / "checkpoint-2", tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+    line += ["--config_file", ROOT / "accelerate_configs/multi_node.yaml", "--num_processes", 2, "--num_machines", 2]
+    line += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    script = [ROOT / "train_guided.py", *whole(pipelines, "train_guided", tmp_path, "--batch_size", 2, *LATEST)]
+    machines = []
+    for rank in range(2):
+        words = [str(word) for word in [*line, "--machine_rank", rank, *script]]
+        output = (tmp_path / f"machine-{rank}.txt").open("w")
+        told = {**environment(), "ACCELERATE_USE_CPU": "false"}
+        machines.append(subprocess.Popen(words, cwd=ROOT, env=told, stdout=output, stderr=subprocess.STDOUT))
+    codes = [machine.wait(timeout=300) for machine in machines]
+    assert codes == [0, 0], (tmp_path / "machine-0.txt").read_text()[-3000:]
+    assert_close(contents(tmp_path / "checkpoint-4"), contents(ddp("train_guided") / "checkpoint-4"), **SPLIT)
+    assert "Done: " in (tmp_path / "machine-0.txt").read_text()
 
 
 GOES_ON = {"fsdp2": [("fsdp2", 2), ("zero2", 1), ("ddp", 1)], "zero2": [("zero2", 2), ("offload", 2), ("fsdp2", 1)]}
