@@ -128,7 +128,7 @@ def test_a_stopped_script_has_an_exit_status_of_its_own(pipelines, tmp_path):
     assert len(checkpoints_in(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("name", ["train_flash_lora", "train_progressive"])
+@pytest.mark.parametrize("name", ["train_flash_lora", "train_guided"])
 def test_a_time_limit_saves_and_leaves(pipelines, tmp_path, monkeypatch, name):
     """With the status, and the file, that a queue repeats a job by; the file goes as the run goes on."""
     ages = iter([10, 20, 30, 40, 51])
