@@ -66,11 +66,7 @@ def save_cut(run, folder):
     """What accelerator.save_state does under DDP, of a run whose engine shards: every process writes what it has."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_weights(run.accelerator, folder, run.trained, run.averages)
-    main, rank, processes = (
-        run.accelerator.is_main_process,
-        run.accelerator.process_index,
-        run.accelerator.num_processes,
-    )
+    main = run.accelerator.is_main_process
     for number, which in enumerate(run.optimizers):
         parts = {}
         for name, offset, moments, state in optimizer_states(run, which):
@@ -78,7 +74,8 @@ def save_cut(run, folder):
             if main:
                 parts["step"] = 0, state["step"].cpu()
         if is_cut(run, which):
-            save_parts(folder, optimizer_file(number), parts, rank, processes)
+            place = run.accelerator.process_index, run.accelerator.num_processes
+            save_parts(folder, optimizer_file(number), parts, *place)
         elif main:
             save_parts(folder, optimizer_file(number), parts, 0, 1)
 

@@ -234,7 +234,8 @@ class Run:
         said = f"Stopped by {self.stop.why} after step {self.step}; --resume_from_checkpoint latest goes on."
         self.accelerator.print(said)
         if self.accelerator.is_main_process:
-            (self.folder / STOPPED_MARK).write_text(f"{said}\n")
+            with contextlib.suppress(OSError):  # a full disk: what counts is saved
+                (self.folder / STOPPED_MARK).write_text(f"{said}\n")
         self._leave()
         raise Stopped
 
