@@ -9,9 +9,10 @@ import math
 from functools import partial
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from common.ema import copy_tensors
-from common.engines import full, refresh_deepspeed, step_deepspeed
+from common.engines import local, refresh_deepspeed, step_deepspeed
 
 
 def learning_rate_at(step, args, length=None):
@@ -73,8 +74,23 @@ def clip(run, optimizer, parameters, name="student"):
         raise RuntimeError(f"{len(without)} trainable parameters got no gradient, such as {without[0]}")
     if getattr(optimizer, "scaler", None) is not None:
         run.accelerator.unscale_gradients(optimizer)
-    norm = full(torch.nn.utils.clip_grad_norm_(parameters.values(), run.args.max_grad_norm))
+    norm = scale_to_norm([p.grad for p in parameters.values()], run.args.max_grad_norm)
     run.norms["grad_norm" if name == "student" else f"{name}_grad_norm"] = norm
+
+
+@torch.no_grad()
+def scale_to_norm(gradients, max_norm):
+    """Their norm, a scalar, after which they are scaled in place so that it is max_norm at most.
+
+    It is summed in float64: the sum is then the same however they are cut, and with it a whole run.
+    """
+    parts = [local(gradient) for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float64)).square().sum()
+    if isinstance(gradients[0], DTensor):
+        torch.distributed.all_reduce(squares, group=gradients[0].device_mesh.get_group())
+    norm = squares.sqrt().float()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def update(run, optimizer, parameters, ema=None, name="student"):
