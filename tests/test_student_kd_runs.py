@@ -1,5 +1,6 @@
 """train_student_kd.py from start to end: its schedules and projections over a resume, its evaluation, its output."""
 
+import re
 import shutil
 from functools import partial
 
@@ -106,7 +107,11 @@ def test_compiled_is_the_plain_run_under_the_same_names(pipelines, students, uni
 
 def test_every_trained_weight_moves_and_projections_stay_out_of_the_output(uninterrupted):
     before, after = (load_file(uninterrupted / f"checkpoint-{n}" / "student.safetensors") for n in (3, 6))
-    assert all(not torch.equal(before[name], after[name]) for name in before)
+    # Eight channels in eight groups: what is added to all of a channel before norm2 is taken away by it, so that
+    # nothing but rounding moves it.
+    idle = re.compile(r"unet\.(down_blocks\.0|up_blocks\.1)\.resnets\.\d\.(conv1\.bias|time_emb_proj\.(weight|bias))")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(name in moved or idle.fullmatch(name) for name in before) and len(moved) > 0.9 * len(before)
     assert {name.split(".")[1] for name in before if name.startswith("projections.")} == {
         "down_blocks_0",
         "down_blocks_1",
