@@ -58,10 +58,10 @@ class EMA:
         self._check(parameters)
         own = {name: p.data for name, p in parameters.items() if not isinstance(p, DTensor)}
         cut = [name for name in parameters if name not in own]
+        self._exchange(parameters, cut)
         try:
             for name in own:
                 parameters[name].data = self.shadow[name].to(own[name].device, own[name].dtype)
-            self._exchange(parameters, cut)
             yield
         finally:
             self._exchange(parameters, cut)

@@ -93,9 +93,8 @@ def open_run(args, watch=None, subfolder=None, follows_length=(), staged=False):
     seed_all(args.seed)  # the initialisation of what is trained; nothing after it draws a global random number
     state = saved.get("state", {})
     phases = Phases(accelerator.device)
-    run = Run(args, accelerator, folder, checkpoint, identity, math.prod(split), stop, step, state, phases, watch)
-    run.engine, run.mixed_precision = engine_of(accelerator), precision
-    return run
+    opened = args, accelerator, folder, checkpoint, identity, math.prod(split), stop, step, state, phases, watch
+    return Run(*opened, engine_of(accelerator), precision)
 
 
 def on_main_process(accelerator, decide):
